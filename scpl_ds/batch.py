@@ -1,0 +1,89 @@
+"""The one kind of thing that flows between stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scpl_ds.errors import DataError
+
+
+class Tag(NamedTuple):
+    """Which micro-batch this is; travels in the header and is checked by the receiver."""
+
+    step: int
+    """Optimizer step, 0-based, counted over the whole run (evaluation counts its own from 0)."""
+    micro_batch: int
+    """Index inside the step, 0-based."""
+    batch_id: int
+    """Running number of the micro-batch in its loader: two ends that disagree have lost one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch at a stage boundary: what the model computed so far, and what it was given.
+
+    The ids, mask and labels ride along with the hidden states (a percent of the bytes), so that no
+    second loader has to agree on an order and every stage can pool and score by itself.
+
+    Shapes: B samples, T positions, D hidden size.
+    """
+
+    inputs: dict[str, Tensor]
+    """What the Hugging Face model takes: ``input_ids`` [B, T], ``attention_mask``, ``labels`` ..."""
+    tag: Tag
+    hidden_states: Tensor | None = None
+    """Output of the layer before the boundary, [B, T, D]; None before the first stage."""
+    extras: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Whatever an objective sends along (sample ids, a label chain)."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self.inputs.get("labels")
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with every tensor on ``device``."""
+
+        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+
+        hidden = self.hidden_states
+        return dataclasses.replace(
+            self,
+            inputs=move(self.inputs),
+            hidden_states=None if hidden is None else hidden.to(device, non_blocking=True),
+            extras=move(self.extras),
+        )
+
+    def with_hidden_states(self, hidden_states: Tensor) -> MicroBatch:
+        """What the next stage receives: the same inputs behind this stage's output, cut from autograd."""
+        return dataclasses.replace(self, hidden_states=hidden_states.detach())
+
+
+def as_inputs(item: Any) -> dict[str, Tensor]:
+    """A batch as the model takes it: a dict of tensors, or DeepSpeed's ``(inputs, labels)`` pair.
+
+    Raises:
+        DataError: Anything else, or an entry that is not a tensor.
+    """
+    if isinstance(item, Mapping):
+        inputs = dict(item)
+    elif isinstance(item, tuple | list) and len(item) == 2:
+        data, labels = item
+        inputs = dict(data) if isinstance(data, Mapping) else {"inputs": data}
+        inputs["labels"] = labels
+    else:
+        raise DataError(
+            f"A batch must be a dict of tensors or an (inputs, labels) pair, got {type(item).__name__}."
+        )
+    for name, value in inputs.items():
+        if not torch.is_tensor(value):
+            raise DataError(
+                f"'{name}' of a batch is a {type(value).__name__}, not a tensor. Drop the column or "
+                "turn it into a tensor in the collator; engine.set_batch_fn takes a function for it."
+            )
+    return inputs

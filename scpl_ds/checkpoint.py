@@ -1,0 +1,298 @@
+"""One checkpoint layout for all backends, keyed by Hugging Face's parameter names.
+
+::
+
+    checkpoint-200/
+      manifest.json                    step, cut, which tensor is in which file, sizes of the files
+      stage-0.safetensors              parameters, persistent buffers, local head
+      stage-0.optimizer.safetensors    "<moment>/<parameter name>", whole, fp32
+      model/                           config.json and tokenizer: what an export needs beside it
+    latest                             "checkpoint-200"
+
+A checkpoint is written into a folder of another name, synced, and renamed: a kill at any moment
+leaves the previous one whole. Nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scpl_ds.errors import CheckpointError
+from scpl_ds.sharding._base import OptimizerState
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+HEAD_PREFIX = "scpl_heads."
+
+
+class Writer:
+    """Writes one checkpoint; used as a context by every rank of the run.
+
+    The coordinator makes the temporary folder before the others write (a barrier of the caller's
+    lies in between) and moves it into place at the end.
+    """
+
+    def __init__(self, folder: Path, *, is_coordinator: bool) -> None:
+        self._folder, self._coordinator = folder, is_coordinator
+        self._partial = folder.with_name(f"{folder.name}.partial")
+
+    def __enter__(self) -> Writer:
+        if self._coordinator:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and self._coordinator:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write_stage(
+        self, index: int, tensors: Mapping[str, Tensor], optimizer: OptimizerState
+    ) -> None:
+        """Write one stage's files; called by one rank per stage."""
+        moments = {
+            f"{key}/{name}": tensor
+            for key, by_name in optimizer.moments.items()
+            for name, tensor in by_name.items()
+        }
+        _write(self._partial / f"stage-{index}.safetensors", tensors, {})
+        _write(
+            self._partial / f"stage-{index}.optimizer.safetensors",
+            moments,
+            {"step": str(optimizer.step)},
+        )
+
+    def finish(
+        self,
+        *,
+        step: int,
+        bounds: Sequence[int],
+        client_state: Mapping[str, Any],
+        save_latest: bool,
+        model_files: Path | None = None,
+    ) -> None:
+        """Write the manifest and move the checkpoint into place; called by the coordinator.
+
+        ``model_files`` (config.json, tokenizer) is copied to ``model/``, which export needs.
+        """
+        if model_files is not None:
+            shutil.copytree(model_files, self._partial / "model")
+        tensors, moments, sizes = {}, {}, {}
+        for path in sorted(self._partial.glob("*.safetensors")):
+            sizes[path.name] = path.stat().st_size
+            target = moments if path.name.endswith(".optimizer.safetensors") else tensors
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    target[name] = path.name
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "bounds": list(bounds),
+            "tensors": tensors,
+            "moments": moments,
+            "bytes": sizes,
+            "client_state": dict(client_state),
+        }
+        write_text(self._partial / MANIFEST, json.dumps(manifest, indent=1))
+        if self._folder.exists():
+            old = self._folder.with_name(f"{self._folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            self._folder.rename(old)
+            self._partial.rename(self._folder)
+            shutil.rmtree(old)
+        else:
+            self._partial.rename(self._folder)
+        _sync_folder(self._folder.parent)
+        if save_latest:
+            write_text(self._folder.parent / LATEST, self._folder.name)
+
+
+class Reader:
+    """Reads a checkpoint by tensor name, whatever stages wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} is not a complete checkpoint (no {MANIFEST}): the save was interrupted, "
+                f"or it is something else.{_others(folder)}"
+            )
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}.{_others(folder)}") from None
+        if self.manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder} has checkpoint format {self.manifest.get('format')!r}; this version of "
+                f"scpl_ds reads format {FORMAT}."
+            )
+        for name, size in self.manifest["bytes"].items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                raise CheckpointError(
+                    f"{folder / name} has {'no' if found is None else found} bytes, the manifest "
+                    f"says {size}: the checkpoint is damaged or half copied.{_others(folder)}"
+                )
+
+    def names(self) -> list[str]:
+        """Every tensor of the checkpoint, local heads included, optimizer state not."""
+        return list(self.manifest["tensors"])
+
+    def tensors(
+        self, names: Iterable[str], shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of those names. A local head that is missing is left out, and said so:
+        the checkpoint was cut at other layers, and the head starts afresh.
+
+        Raises:
+            CheckpointError: A tensor of the model is missing or has another shape.
+        """
+        where = self.manifest["tensors"]
+        wanted = list(names)
+        missing = [name for name in wanted if name not in where]
+        heads = [name for name in missing if name.startswith(HEAD_PREFIX)]
+        if len(heads) < len(missing):
+            lost = [name for name in missing if name not in heads]
+            raise CheckpointError(
+                f"{self.folder} is of another model: it has no '{lost[0]}'"
+                f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}; it holds {len(where)} "
+                f"tensors such as '{next(iter(where), 'none')}'. Use the model it was saved from."
+            )
+        if heads:
+            log.warning(
+                "%s has no local head for layer %s (it was cut at layers %s): it starts afresh.",
+                self.folder, heads[0].split(".")[1], self.manifest["bounds"],
+            )  # fmt: skip
+        result = _read(self.folder, {n: (where[n], n) for n in wanted if n in where})
+        for name, tensor in result.items():
+            if shapes is not None and tuple(tensor.shape) != tuple(shapes[name]):
+                raise CheckpointError(
+                    f"{self.folder} is of another model: '{name}' is {list(tensor.shape)} there and "
+                    f"{list(shapes[name])} here. Use the model and num_labels it was saved from."
+                )
+        return result
+
+    def optimizer_state(self, names: Iterable[str]) -> OptimizerState:
+        """Step count and moments of those parameters; parameters without any are left out."""
+        wanted, where = set(names), self.manifest["moments"]
+        places, files = {}, set()
+        for key, file in where.items():
+            name = key.partition("/")[2]
+            if name in wanted:
+                places[key] = (file, key)
+                files.add(file)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in _read(self.folder, places).items():
+            moment, _, name = key.partition("/")
+            moments.setdefault(moment, {})[name] = tensor
+        return OptimizerState(max((self._steps(f) for f in files), default=0), moments)
+
+    def _steps(self, file: str) -> int:
+        with safe_open(self.folder / file, "pt") as opened:
+            return int((opened.metadata() or {}).get("step", 0))
+
+
+def resolve(folder: Path, tag: str | None = None) -> Path:
+    """The checkpoint meant by a folder: itself, its ``tag``, or the one its ``latest`` names.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if tag is not None:
+        return folder / tag
+    if (folder / MANIFEST).is_file():
+        return folder
+    latest = folder / LATEST
+    if latest.is_file() and (folder / latest.read_text().strip() / MANIFEST).is_file():
+        return folder / latest.read_text().strip()
+    complete = completed(folder)
+    if complete:
+        return complete[-1]
+    raise CheckpointError(f"No checkpoint in {folder}: it has no complete checkpoint-N folder.")
+
+
+def completed(folder: Path) -> list[Path]:
+    """Complete ``checkpoint-N`` folders below ``folder``, oldest step first."""
+    found = [
+        path.parent
+        for path in folder.glob(f"checkpoint-*/{MANIFEST}")
+        if path.parent.name.removeprefix("checkpoint-").isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove the oldest complete checkpoints beyond ``keep``; never the one ``latest`` names."""
+    if keep is None:
+        return
+    for path in completed(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata={"format": "pt", **metadata})
+    path.chmod(0o644)  # safetensors writes 0600
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _read(folder: Path, places: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+    by_file: dict[str, list[tuple[str, str]]] = {}
+    for name, (file, key) in places.items():
+        by_file.setdefault(file, []).append((name, key))
+    result: dict[str, Tensor] = {}
+    for file, entries in by_file.items():
+        try:
+            with safe_open(folder / file, "pt") as opened:
+                result |= {name: opened.get_tensor(key) for name, key in entries}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / file} cannot be read: {error}.") from error
+    return result
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _others(folder: Path) -> str:
+    complete = [path for path in completed(folder.parent) if path != folder]
+    if not complete:
+        return ""
+    return (
+        f"\nLatest complete checkpoint: {complete[-1]}. "
+        f"Resume with train.resume_from_checkpoint={complete[-1]}"
+    )
+

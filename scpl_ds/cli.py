@@ -1,0 +1,206 @@
+"""``scpl-ds``: train, eval, plan, export and schema on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scpl_ds import __version__
+from scpl_ds.errors import BoundaryError, ScplError
+
+if TYPE_CHECKING:
+    from scpl_ds.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+_OVERRIDES = "key=value with the value as YAML, for example train.max_steps=20"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 1 when a run failed; 2 when a recipe, model, data set or checkpoint cannot be used as
+        asked (nothing was trained).
+    """
+    parser = _parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".yaml", ".yml", ".json")):
+        words.insert(0, "train")
+    args, extra = parser.parse_known_args(words)
+    unknown = [word for word in extra if "=" not in word or word.startswith("-")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}; overrides are {_OVERRIDES}")
+    args.overrides = [*getattr(args, "overrides", []), *extra]
+    _log_to_console()
+    try:
+        return args.run(args)
+    except ScplError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("scpl-ds: interrupted\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scpl-ds",
+        description="Fine-tune Hugging Face transformers in pipeline stages that never wait for a "
+        "backward pass. A recipe alone means `train`.",
+    )
+    parser.add_argument("--version", action="version", version=f"scpl-ds {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", _train, "Train a recipe, on the launcher's ranks or in this process.")
+    train.add_argument("recipe", help="YAML or JSON file")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    plan = add("plan", _plan, "Print how a recipe's model is cut; starts no processes, loads no weights.")
+    plan.add_argument("recipe", help="YAML or JSON file")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    plan.add_argument("--ranks", type=int, default=None, help="ranks to place the stages on")
+    score = add("eval", _eval, "Score a run's latest checkpoint over its stages.")
+    score.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
+    score.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    score.add_argument("--logits", type=Path, default=None, help="write logits as safetensors")
+    export = add("export", _export, "Write a run's latest checkpoint as a Hugging Face folder.")
+    export.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    schema = add("schema", _schema, "Print the JSON schema of recipes, for editors.")
+    schema.add_argument("--out", type=Path, default=None, help="write it to a file")
+    return parser
+
+
+# -- commands ------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from scpl_ds.recipe import load_recipe
+    from scpl_ds.trainer import fit
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    result = fit(recipe, on_ready=_log_to_file)
+    if _rank() == 0:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    _leave()
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from scpl_ds.partition.plan import render_plan
+    from scpl_ds.recipe import check_world, load_recipe
+    from scpl_ds.schedules import render, simulate, stream
+    from scpl_ds.setup import cut_model
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    model = cut_model(recipe)
+    pipeline_ranks, dp_size = check_world(recipe, args.ranks or recipe.scpl.stages)
+    table = render_plan(
+        model.plan, model.anatomy, pipeline_ranks=pipeline_ranks, data_parallel=dp_size
+    )
+    drawing = render(simulate(stream, model.plan.num_stages, 4))
+    sys.stdout.write(f"{table}\n\nschedule '{recipe.scpl.schedule}'\n{drawing}\n")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from scpl_ds.evaluation import evaluate_run
+
+    recipe, folder = _open(args.run_dir, args.overrides)
+    scores = evaluate_run(recipe, folder, logits_file=args.logits)
+    if _rank() == 0:
+        sys.stdout.write(json.dumps({"checkpoint": str(folder), **scores}, indent=2) + "\n")
+    _leave()
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from scpl_ds.export import export_checkpoint
+
+    recipe, folder = _open(args.run_dir, args.overrides)
+    out = export_checkpoint(folder, args.out, task=recipe.model.task)
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from scpl_ds.recipe import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2) + "\n"
+    if args.out is None:
+        sys.stdout.write(text)
+    else:
+        args.out.write_text(text)
+    return 0
+
+
+def _open(path: str, overrides: list[str]):  # noqa: ANN202 - (Recipe, Path), imported lazily
+    """A run's recipe and the checkpoint meant: the folder itself, or the latest in it."""
+    from scpl_ds import checkpoint
+    from scpl_ds.run_folder import open_run
+
+    where = Path(path)
+    inside = (where / checkpoint.MANIFEST).is_file() or where.name.startswith("checkpoint-")
+    _, recipe = open_run(where.parent if inside else where, overrides)
+    return recipe, checkpoint.resolve(where)
+
+
+# -- words ---------------------------------------------------------------------------------
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _report(error: ScplError) -> int:
+    """Say what is wrong in one message and without a traceback; every rank says its own only."""
+    from scpl_ds.setup import OtherRankFailed
+
+    log.debug("traceback of the error", exc_info=True)
+    if not isinstance(error, OtherRankFailed) and (_rank() == 0 or not _same_everywhere(error)):
+        where = f" [rank {_rank()}]" if _rank() else ""
+        sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}\n")
+    return 1 if isinstance(error, BoundaryError) else 2
+
+
+def _same_everywhere(error: ScplError) -> bool:
+    """Errors before the world exists are the same on all ranks; rank 0 speaks for them."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized()
+
+
+def _log_to_console() -> None:
+    """Rank 0 at INFO, the others at WARNING with their rank in front."""
+    rank = _rank()
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    root = logging.getLogger("scpl_ds")
+    root.setLevel(logging.DEBUG)
+    root.handlers[:] = [console]
+    root.propagate = False
+
+
+def _log_to_file(run: RunFolder) -> None:
+    path = run.log_file(_rank())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("scpl_ds").addHandler(handler)
+
+
+def _leave() -> None:
+    from scpl_ds.distributed.world import shut_down
+
+    shut_down()

@@ -1,0 +1,226 @@
+"""Which sample comes when: deterministic, data-parallel, resumable by three numbers.
+
+The order of a run is a property of (data, seed) alone. The samples of an epoch stand in one global
+order; the D data-parallel ranks take consecutive blocks of it in turn. So a run that stops after n
+global samples can go on with any D, and nothing but n has to be saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from scpl_ds.errors import DataError
+
+Batch = dict[str, Tensor]
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of ``range(num_samples)`` for one epoch; equal on all ranks, [N] int64."""
+    # SeedSequence mixes, so that (seed 1, epoch 0) and (seed 0, epoch 1) are not the same order.
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(mixed)).numpy()
+
+
+class BatchLoader:
+    """Micro-batches for one rank of the first stage.
+
+    With ``drop_last`` it is a training loader: iterating never ends, epoch follows epoch, and all
+    ranks get equally many micro-batches of equal size. Without, it is an evaluation loader: one
+    pass in order, each rank a contiguous shard, every sample exactly once over the ranks.
+
+    A batch counts as consumed when it is handed out, whatever workers have prepared beyond it.
+
+    Args:
+        dataset: Indexable samples.
+        micro_batch_size: Samples per rank in one micro-batch; evaluation may give fewer.
+        dp_rank: This rank's place among ``dp_size``.
+        dp_size: Data-parallel ranks.
+        seed: Order of training.
+        shuffle: A new order every epoch (training only).
+        collate: List of samples -> batch.
+        drop_last: Training (True) or evaluation (False), see above.
+        num_workers: Processes that prepare batches ahead; 0 prepares in this one.
+        global_batch_size: Samples per optimizer step over all ranks. Given, an epoch ends at a
+            whole step and holds the same samples for every ``dp_size``; None ends it at a whole
+            micro-batch over all ranks.
+
+    Raises:
+        DataError: The data has no length, is empty, or is smaller than one global batch (training
+            would never see an epoch).
+        ValueError: Sizes or ranks that cannot be.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Sequence[Any],
+        *,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        shuffle: bool,
+        collate: Callable[[list[Any]], Batch],
+        drop_last: bool,
+        num_workers: int = 0,
+        global_batch_size: int | None = None,
+    ) -> None:
+        if not isinstance(dataset, Sized):
+            raise DataError(
+                f"Training data must have a length and be indexable, got {type(dataset).__name__}: "
+                f"a stream cannot be shuffled or resumed by position. Read it into a list first."
+            )
+        if micro_batch_size < 1 or dp_size < 1 or not 0 <= dp_rank < dp_size:
+            raise ValueError(
+                f"micro_batch_size {micro_batch_size}, dp_rank {dp_rank}, dp_size {dp_size}: sizes "
+                f"are at least 1 and 0 <= dp_rank < dp_size."
+            )
+        if shuffle and not drop_last:
+            raise ValueError("shuffle needs drop_last: evaluation runs in the order of the data.")
+        self.dataset: Any = dataset
+        self.num_samples = len(dataset)
+        self.micro_batch_size = micro_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.collate = collate
+        self.num_workers = num_workers
+        self.block = micro_batch_size * dp_size
+        """Samples of one micro-batch over all ranks."""
+        unit = global_batch_size or self.block
+        if unit % self.block:
+            raise ValueError(
+                f"global_batch_size {unit} is not a multiple of micro_batch_size "
+                f"{micro_batch_size} x dp_size {dp_size} = {self.block}."
+            )
+        if self.num_samples == 0:
+            raise DataError("The data set is empty: 0 samples.")
+        if drop_last and self.num_samples < unit:
+            raise DataError(
+                f"{self.num_samples} training samples are fewer than one global batch: {unit} = "
+                f"{micro_batch_size} per micro-batch x {dp_size} data-parallel ranks"
+                f"{f' x {unit // self.block} micro-batches' if unit > self.block else ''}. Lower "
+                f"deepspeed.train_micro_batch_size_per_gpu or gradient_accumulation_steps, or give "
+                f"more data."
+            )
+        self._usable = self.num_samples // unit * unit
+        self._epoch = 0
+        self._consumed = 0
+        self._generation = 0
+
+    @property
+    def num_micro_batches_per_epoch(self) -> int:
+        """Micro-batches this rank gets in one pass.
+
+        Equal on all ranks in training. In evaluation equal too, but for shards too small to share
+        out evenly (``micro_batch_size`` 1, or fewer samples than ranks): there one rank may have
+        one more.
+        """
+        return self._usable // self.block if self.drop_last else len(self._eval_chunks())
+
+    @property
+    def position(self) -> dict[str, int]:
+        """Where training stands: plain numbers for a checkpoint, the same on every rank."""
+        return {
+            "epoch": self._epoch,
+            "consumed": self._consumed,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+        }
+
+    def restore(self, position: Mapping[str, int]) -> None:
+        """Go on behind the last sample of ``position``, under any ``dp_size`` or micro-batch size.
+
+        Iterators made before are void.
+
+        Raises:
+            DataError: The position is of other data or of another seed: samples would be repeated
+                and left out without a word.
+        """
+        for key, mine in (("num_samples", self.num_samples), ("seed", self.seed)):
+            if position[key] != mine:
+                what = "data set has" if key == "num_samples" else "run's order is of"
+                raise DataError(
+                    f"The checkpoint's {what} {key} {position[key]}, this run's {mine}: the order "
+                    f"of samples cannot be continued. Use the same data section and train.seed."
+                )
+        if position["epoch"] < 0 or not 0 <= position["consumed"] <= self.num_samples:
+            raise DataError(
+                f"The checkpoint's loader position is damaged: epoch {position['epoch']}, consumed "
+                f"{position['consumed']} of {self.num_samples} samples."
+            )
+        self._epoch, self._consumed = int(position["epoch"]), int(position["consumed"])
+        self._generation += 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.drop_last:
+            yield from self._load(iter(self._eval_chunks()))
+            return
+        generation = self._generation
+        ahead, plan = itertools.tee(self._training_plan())
+        batches = self._load(indices for _, _, indices in ahead)
+        for batch, (epoch, consumed, _) in zip(batches, plan, strict=True):
+            if generation != self._generation:
+                raise RuntimeError(
+                    "This iterator is void: the loader was restored. Call iter() again."
+                )
+            self._epoch, self._consumed = epoch, consumed
+            yield batch
+
+    def _training_plan(self) -> Iterator[tuple[int, int, list[int]]]:
+        """(epoch, consumed after it, this rank's indices) of every micro-batch from here on."""
+        epoch, consumed = self._epoch, self._consumed
+        order: np.ndarray | None = None
+        while True:
+            if consumed + self.block > self._usable:
+                epoch, consumed, order = epoch + 1, 0, None
+            if order is None:
+                order = (
+                    epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
+                    if self.shuffle
+                    else np.arange(self.num_samples)
+                )
+            start = consumed + self.dp_rank * self.micro_batch_size
+            consumed += self.block
+            yield epoch, consumed, order[start : start + self.micro_batch_size].tolist()
+
+    def _eval_chunks(self) -> list[list[int]]:
+        """This rank's shard in chunks of at most one micro-batch, as many as on the other ranks."""
+        size = self.micro_batch_size
+        bounds = [self.num_samples * rank // self.dp_size for rank in range(self.dp_size + 1)]
+        most = max(-(-(end - start) // size) for start, end in itertools.pairwise(bounds))
+        shard = list(range(bounds[self.dp_rank], bounds[self.dp_rank + 1]))
+        chunks = [shard[i : i + size] for i in range(0, len(shard), size)]
+        # Shards differ by one sample, so a rank is short of one chunk at most; backends that meet
+        # in a collective every micro-batch (ZeRO-3) would wait for ever for the missing one.
+        if chunks and len(chunks) < most and len(chunks[-1]) > 1:
+            last = chunks.pop()
+            chunks += [last[: len(last) // 2], last[len(last) // 2 :]]
+        return chunks
+
+    def _load(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            return (self.collate([self.dataset[i] for i in chunk]) for chunk in indices)
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=_Once(indices),  # pyright: ignore[reportArgumentType]
+                num_workers=self.num_workers,
+                collate_fn=self.collate,
+            )
+        )
+
+
+class _Once:
+    """What ``DataLoader`` takes as a batch sampler; it is iterated exactly once."""
+
+    def __init__(self, indices: Iterator[list[int]]) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._indices

@@ -1,0 +1,104 @@
+"""What ranks tell each other outside the boundaries: metrics without waiting, facts with waiting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from scpl_ds.distributed.mesh import Mesh
+
+
+class MetricsMailbox:
+    """Every rank leaves its numbers of a logging step; rank 0 takes them once all have arrived.
+
+    Nobody waits: an early stage may be several steps ahead of the last one, and a collective
+    here would flush the pipeline. The words go through the rendezvous store, not through the
+    boundaries, so they never stand in an activation's way.
+    """
+
+    def __init__(self, mesh: Mesh, *, name: str = "metrics") -> None:
+        self._mesh, self._name = mesh, name
+        self._store = _get_default_store()
+        self._pending: list[int] = []
+
+    def _key(self, step: int, rank: int) -> str:
+        return f"scpl/{self._name}/{step}/{rank}"
+
+    def post(self, step: int, values: Mapping[str, float]) -> None:
+        """Leave this rank's numbers for ``step``; every rank posts the same steps in order."""
+        self._store.set(self._key(step, self._mesh.rank), json.dumps(dict(values)))
+        if self._mesh.rank == 0:
+            self._pending.append(step)
+
+    def poll(self) -> Iterable[tuple[int, dict[str, float]]]:
+        """On rank 0: the steps that have reached every rank since the last call, in order.
+
+        A name that several ranks posted (the data-parallel ranks of one stage) is their mean;
+        a peak (``..peak..``) is their maximum.
+        """
+        while self._pending:
+            keys = [self._key(self._pending[0], rank) for rank in range(self._mesh.world_size)]
+            if not self._store.check(keys):
+                return
+            yield self._pending.pop(0), self._merge(keys)
+
+    def _merge(self, keys: list[str]) -> dict[str, float]:
+        seen: dict[str, list[float]] = {}
+        for key in keys:
+            for name, value in json.loads(self._store.get(key)).items():
+                seen.setdefault(name, []).append(value)
+            self._store.delete_key(key)
+        return {
+            name: max(values) if "peak" in name else sum(values) / len(values)
+            for name, values in seen.items()
+        }
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait until every rank is here. Only outside the training loop: it flushes the pipeline."""
+    dist.barrier(group=mesh.control_group)
+
+
+def broadcast_object(mesh: Mesh, value: Any, *, source: int = 0) -> Any:
+    """``value`` of rank ``source`` on every rank (waits). Only for plain data of our own ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=mesh.control_group)
+    return box[0]
+
+
+def gather_objects(mesh: Mesh, value: Any) -> list[Any]:
+    """Every rank's ``value``, in rank order, on every rank (waits)."""
+    box: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(box, value, group=mesh.control_group)
+    return box
+
+
+def broadcast_tensor(mesh: Mesh, tensor: Tensor, *, source: int) -> Tensor:
+    """``tensor`` of rank ``source`` on every rank (waits); all pass the same shape and dtype."""
+    value = tensor.detach().to("cpu", copy=True)
+    dist.broadcast(value, src=source, group=mesh.control_group)
+    return value
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh) -> None:
+    """Average ``.grad`` over the data-parallel ranks of this stage, in one flat message per dtype."""
+    if mesh.dp_size == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat, group=mesh.dp_group)
+        flat /= mesh.dp_size
+        for gradient, averaged in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(averaged.view_as(gradient))

@@ -1,0 +1,378 @@
+"""The engine a DeepSpeed user knows: ``train_batch``, ``eval_batch``, ``save_checkpoint``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scpl_ds import checkpoint
+from scpl_ds.batch import MicroBatch, Tag, as_inputs
+from scpl_ds.distributed.collectives import barrier, broadcast_tensor, gather_objects
+from scpl_ds.distributed.mesh import Grid, Mesh
+from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
+from scpl_ds.ds_config import DeepSpeedSection
+from scpl_ds.errors import DataError
+from scpl_ds.partition.plan import PartitionPlan
+from scpl_ds.schedules import Backward, Forward, Load, Receive, Schedule, Send
+from scpl_ds.stage import Stage
+
+log = logging.getLogger(__name__)
+Batch = Mapping[str, Tensor] | Sequence[Any] | Tensor
+
+
+class Evaluated(NamedTuple):
+    """One evaluated micro-batch, on the last stage's ranks; elsewhere all are None."""
+
+    loss: Tensor | None
+    """Task loss, mean over the micro-batch."""
+    logits: Tensor | None
+    labels: Tensor | None
+
+
+class Engine:
+    """Trains this rank's stages. One call of ``train_batch`` is one optimizer step.
+
+    Unlike DeepSpeed's ``PipelineEngine`` it never waits for a later stage: an early stage may be
+    steps ahead of the last one, bounded by ``scpl.max_in_flight``. ``drain``, ``reduce_loss``,
+    ``eval_batch`` and ``save_checkpoint`` bring all stages to the same step.
+
+    Made by ``scpl_ds.initialize``.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        plan: PartitionPlan,
+        mesh: Mesh,
+        channel: BoundaryChannel,
+        section: DeepSpeedSection,
+        *,
+        schedule: Schedule,
+        lr_at: Callable[[int], float],
+        device: torch.device,
+    ) -> None:
+        self.stages, self.plan, self.mesh = list(stages), plan, mesh
+        self.section, self.device = section, device
+        self.global_steps = 0
+        """Optimizer steps taken; equal on all ranks after the same number of ``train_batch``."""
+        self.samples_seen = 0
+        """Samples that this first-stage rank has trained on; 0 on other ranks."""
+        self.tokens_seen = 0
+        """Real tokens (padding not counted) that this first-stage rank has trained on."""
+        self._channel, self._schedule, self.lr_at = channel, schedule, lr_at
+        self._batch_id = 0
+        self._eval_calls = 0
+        self._data_iterator: Iterator[Batch] | None = None
+        self._collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
+        self._current: MicroBatch | None = None
+        self._last_loss: Tensor | None = None
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Load: self._load,
+            Receive: self._receive,
+            Forward: self._forward,
+            Send: self._send,
+            Backward: self._backward,
+        }
+
+    # -- what DeepSpeed users ask an engine ------------------------------------------------
+
+    @property
+    def grid(self) -> Grid:
+        m = self.mesh
+        return Grid(m.pp_size, m.dp_size, m.pp_rank, m.dp_rank)
+
+    @property
+    def num_stages(self) -> int:
+        return self.plan.num_stages
+
+    @property
+    def stage_id(self) -> int:
+        """Index of this rank's first stage."""
+        return self.stages[0].index
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one optimizer step (gradient accumulation steps)."""
+        return self.section.gradient_accumulation_steps
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.section.micro_batch_size
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """This rank's stages, first to last."""
+        return torch.nn.ModuleList(stage.module for stage in self.stages)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer of this rank's last stage."""
+        return self.stages[-1].backend.optimizer
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.micro_batch_size
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.micro_batches
+
+    def train_batch_size(self) -> int:
+        """Samples of one optimizer step, over all data-parallel ranks."""
+        return self.micro_batch_size * self.micro_batches * self.mesh.dp_size
+
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the first stage (the one that reads the data)."""
+        return self.mesh.previous_rank is None
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last stage (the one with the task head)."""
+        return self.mesh.next_rank is None
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of the next optimizer step."""
+        return [self.lr_at(self.global_steps)]
+
+    def set_dataiterator(self, iterator: Iterator[Batch]) -> None:
+        """Batches for ``train_batch()`` without an argument; kept on first-stage ranks only."""
+        self._data_iterator = iterator if self.is_first_stage() else None
+
+    def set_batch_fn(self, fn: Callable[[Any], dict[str, Tensor]]) -> None:
+        """How a batch of the data iterator becomes the model's inputs; default ``as_inputs``."""
+        self._collate = fn
+
+    # -- training --------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Batch] | None = None) -> Tensor:
+        """One optimizer step over ``gradient_accumulation_steps`` micro-batches of ``data_iter``.
+
+        Args:
+            data_iter: Read on first-stage ranks only; each item is a dict as a tokenizer's collator
+                gives it, with ``labels``, or an ``(inputs, labels)`` pair.
+
+        Returns:
+            The loss of this rank's last stage, scalar, mean over the micro-batches of this
+            data-parallel rank. It is *this* rank's: DeepSpeed's broadcast of the last stage's loss
+            would flush the pipeline every step. ``reduce_loss()`` asks for the run's.
+
+        Raises:
+            StopIteration: The data ended; raised on every rank, before the step.
+            BoundaryError: A neighbour is gone, late or out of step.
+        """
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        local = [stage.index for stage in self.stages]
+        try:
+            for action in self._schedule(local, self.num_stages, self.micro_batches):
+                self._handlers[type(action)](action)
+        except EndOfData:
+            self._channel.send_end()
+            self._channel.drain()
+            raise StopIteration(f"the data ended in step {self.global_steps}") from None
+        except Exception as error:
+            self._channel.send_error(f"{type(error).__name__}: {error}")
+            raise
+        self.global_steps += 1
+        self._last_loss = self.stages[-1].metrics["loss"]
+        return self._last_loss
+
+    def _load(self, action: Load) -> None:
+        if self._data_iterator is None:
+            raise DataError("train_batch() has no data: pass data_iter, or call set_dataiterator.")
+        try:
+            item = next(self._data_iterator)
+        except StopIteration:
+            raise EndOfData from None
+        tag = Tag(self.global_steps, action.micro_batch, self._batch_id)
+        self._batch_id += 1
+        inputs = self._collate(item)
+        self._count(inputs)
+        self._current = MicroBatch(inputs, tag).to(self.device)
+
+    def _receive(self, action: Receive) -> None:
+        expected = Expected("train", self.global_steps, action.micro_batch)
+        self._current = self._channel.receive(expected)
+
+    def _count(self, inputs: Mapping[str, Tensor]) -> None:
+        """Before the batch moves to the device, so that counting waits for nothing."""
+        mask, first = inputs.get("attention_mask"), next(iter(inputs.values()))
+        self.samples_seen += first.shape[0]
+        self.tokens_seen += first.shape[0] if mask is None else int(mask.sum())
+
+    def _forward(self, action: Forward) -> None:
+        assert self._current is not None
+        self._current = self._stage(action.stage).forward(self._current)
+
+    def _send(self, action: Send) -> None:
+        assert self._current is not None
+        self._channel.send(self._current, "train")
+
+    def _backward(self, action: Backward) -> None:
+        boundary = action.micro_batch == self.micro_batches - 1
+        lr = self.lr_at(self.global_steps) if boundary else None
+        self._stage(action.stage).backward(lr)
+
+    def _stage(self, index: int) -> Stage:
+        return self.stages[index - self.stages[0].index]
+
+    def reduce_loss(self) -> Tensor:
+        """The last stage's loss of the last step, mean over data-parallel ranks, on every rank.
+
+        Waits for all ranks, so it flushes the pipeline: call it now and then.
+        """
+        own = self._last_loss if self.is_last_stage() else None
+        values = [v for v in gather_objects(self.mesh, None if own is None else float(own)) if v is not None]
+        if not values:
+            raise RuntimeError("reduce_loss() before the first train_batch().")
+        return torch.tensor(sum(values) / len(values))
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers of the last step of this rank's stages (0-dim tensors; reading one waits for it)."""
+        result: dict[str, Tensor] = {}
+        for stage in self.stages:
+            for name, value in stage.metrics.items():
+                key = "head/loss" if name == "head_loss" else f"stage{stage.index}/{name}"
+                result[key] = value
+        return result
+
+    def drain(self) -> None:
+        """Wait until the neighbour has taken everything this rank sent."""
+        self._channel.drain()
+
+    # -- evaluation ------------------------------------------------------------------------
+
+    def eval_batch(
+        self,
+        data_iter: Iterator[Batch] | None,
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Forward ``num_micro_batches`` (default: as in training) without training.
+
+        DeepSpeed's arguments and return shapes. Every rank must call it.
+
+        Returns:
+            The last stage's mean task loss (on every rank with ``bcast_loss``, else on the last
+            stage's ranks; None where there is none). With ``return_logits`` a pair
+            ``(loss, logits)``; logits are on the last stage's ranks only, concatenated over the
+            micro-batches, [B, num_labels].
+        """
+        count = num_micro_batches or self.micro_batches
+        losses: list[Tensor] = []
+        logits: list[Tensor] = []
+        for output in self.evaluate(data_iter, count):
+            if output.loss is not None:
+                losses.append(output.loss)
+            if return_logits and output.logits is not None:
+                logits.append(output.logits)
+        result = None
+        if compute_loss and losses:
+            stacked = torch.stack(losses)
+            result = stacked.mean() if reduce_output == "avg" else stacked
+        if compute_loss and bcast_loss and reduce_output == "avg":
+            value = torch.zeros(()) if result is None else result.float().cpu()
+            result = broadcast_tensor(
+                self.mesh, value, source=self.mesh.rank_of(self.mesh.pp_size - 1)
+            )
+        if not return_logits:
+            return result
+        return result, (torch.cat(logits) if logits else None)
+
+    def evaluate(
+        self, data_iter: Iterator[Batch] | None, num_micro_batches: int
+    ) -> Iterator[Evaluated]:
+        """Stream ``num_micro_batches`` through the stages without training; one result for each.
+
+        Data-parallel ranks may ask for different numbers: their lanes do not meet.
+        """
+        call, self._eval_calls = self._eval_calls, self._eval_calls + 1
+        self._channel.reset("eval")
+        for n in range(num_micro_batches):
+            if self.is_first_stage():
+                assert data_iter is not None, "eval_batch needs data on first-stage ranks"
+                inputs = self._collate(next(data_iter))
+                batch = MicroBatch(inputs, Tag(call, n, n)).to(self.device)
+            else:
+                batch = self._channel.receive(Expected("eval", call, n))
+            loss = None
+            for stage in self.stages:
+                batch, loss = stage.evaluate(batch)
+            if not self.is_last_stage():
+                self._channel.send(batch, "eval")
+            last = self.is_last_stage()
+            yield Evaluated(loss, self.stages[-1].logits, batch.labels if last else None)
+        self._channel.drain()
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        *,
+        model_files: Path | None = None,
+    ) -> Path:
+        """Write ``save_dir/tag`` (default ``checkpoint-<step>``), whole or not at all.
+
+        Every rank must call it after the same number of steps; it waits for all of them.
+        ``client_state`` must be plain JSON; rank 0's is kept. ``model_files``: a folder with the
+        model's config.json and tokenizer, copied along so that the checkpoint can be exported.
+        """
+        self.drain()
+        folder = Path(save_dir) / (tag or f"checkpoint-{self.global_steps}")
+        with checkpoint.Writer(folder, is_coordinator=self.mesh.rank == 0) as writer:
+            barrier(self.mesh)
+            for stage in self.stages:
+                tensors, state = stage.parameters_by_name(), stage.optimizer_state()
+                if self.mesh.dp_rank == 0:
+                    writer.write_stage(stage.index, tensors, state)
+            barrier(self.mesh)
+            if self.mesh.rank == 0:
+                writer.finish(
+                    step=self.global_steps,
+                    bounds=self.plan.bounds,
+                    client_state={**(client_state or {}), "batch_id": self._batch_id},
+                    save_latest=save_latest,
+                    model_files=model_files,
+                )
+        barrier(self.mesh)
+        return folder
+
+    def load_checkpoint(
+        self, load_dir: str | Path, tag: str | None = None, load_optimizer_states: bool = True
+    ) -> tuple[Path, dict[str, Any]]:
+        """Restore ``load_dir/tag`` (default: what ``latest`` names) into this engine's stages.
+
+        Returns:
+            The checkpoint's folder and the ``client_state`` it was saved with.
+
+        Raises:
+            CheckpointError: Missing, incomplete, or of another model.
+        """
+        self.drain()
+        reader = checkpoint.Reader(checkpoint.resolve(Path(load_dir), tag))
+        for stage in self.stages:
+            names = stage.module.checkpoint_names().values()
+            shapes = {n: t.shape for n, t in _named(stage).items()}
+            tensors = reader.tensors(names, shapes)
+            state = reader.optimizer_state(names) if load_optimizer_states else None
+            stage.load(tensors, state)
+        manifest = reader.manifest
+        client_state = dict(manifest["client_state"])
+        self._batch_id = int(client_state.pop("batch_id", 0))
+        self.global_steps = int(manifest["step"])
+        self._channel.reset("train")
+        return reader.folder, client_state
+
+
+def _named(stage: Stage) -> dict[str, Tensor]:
+    names = stage.module.checkpoint_names()
+    return {names[name]: tensor for name, tensor in stage.module.state_dict().items()}

@@ -1,0 +1,133 @@
+"""Scoring: over the stages of a run, and of an exported model as anybody would load it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scpl_ds.data.loader import BatchLoader
+from scpl_ds.distributed.collectives import gather_objects
+from scpl_ds.engine import Engine, Evaluated
+from scpl_ds.errors import DataError
+from scpl_ds.recipe import Recipe
+from scpl_ds.setup import (
+    cut_model,
+    load_data,
+    make_engine,
+    make_loaders,
+    start_world,
+    together,
+)
+
+
+@dataclasses.dataclass
+class Score:
+    """Counts that add up over micro-batches and ranks."""
+
+    correct: int = 0
+    total: int = 0
+    loss_sum: float = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one micro-batch: logits [B, C], labels int64 [B]."""
+        scores = logits.float()
+        self.correct += int((scores.argmax(-1) == labels).sum())
+        self.total += len(labels)
+        self.loss_sum += float(F.cross_entropy(scores, labels, reduction="sum"))
+
+    def metrics(self) -> dict[str, float]:
+        """``val/accuracy`` in [0, 1] and ``val/loss`` (cross-entropy, nats)."""
+        if self.total == 0:
+            return {}
+        return {"val/accuracy": self.correct / self.total, "val/loss": self.loss_sum / self.total}
+
+
+def evaluate(engine: Engine, loader: BatchLoader, *, logits: list[Tensor] | None = None) -> Score:
+    """Score the evaluation data over all stages; every rank calls it and gets the whole score.
+
+    Args:
+        engine: The stages.
+        loader: Evaluation data; read on first-stage ranks, elsewhere it only counts.
+        logits: Filled with each micro-batch's logits [B, C] on the last stage's ranks.
+    """
+    own = Score()
+    batches = iter(loader) if engine.is_first_stage() else None
+    for output in engine.evaluate(batches, loader.num_micro_batches_per_epoch):
+        _count(own, output, logits)
+    whole = Score()
+    for part in gather_objects(engine.mesh, own):
+        whole.correct += part.correct
+        whole.total += part.total
+        whole.loss_sum += part.loss_sum
+    return whole
+
+
+def _count(score: Score, output: Evaluated, logits: list[Tensor] | None) -> None:
+    if output.logits is None or output.labels is None:
+        return
+    score.add(output.logits, output.labels)
+    if logits is not None:
+        logits.append(output.logits.cpu())
+
+
+def evaluate_run(
+    recipe: Recipe, folder: Path, *, logits_file: Path | None = None
+) -> dict[str, float]:
+    """Score a checkpoint of a run over its stages, on the launcher's ranks or in this process.
+
+    Args:
+        recipe: The run's, as ``run_folder.open_run`` gives it.
+        folder: The checkpoint.
+        logits_file: Where to write ``logits`` [N, C] and ``labels`` [N] as safetensors, in the
+            order of the evaluation data.
+
+    Returns:
+        ``val/accuracy``, ``val/loss``, ``samples``.
+
+    Raises:
+        DataError: The recipe's data has no evaluation split.
+        CheckpointError: The checkpoint is incomplete or of another model.
+    """
+    mesh, device = start_world(recipe)
+    data = load_data(recipe, mesh)
+    model = together(mesh, lambda: cut_model(recipe, data.facts))
+    _, loader = make_loaders(recipe, data, mesh)
+    if loader is None:
+        raise DataError(f"data: '{recipe.data.name}' has no evaluation split to score.")
+    engine = make_engine(recipe, model, mesh, device, total_steps=1)
+    together(mesh, lambda: engine.load_checkpoint(folder, load_optimizer_states=False))
+    own: list[Tensor] = []
+    score = evaluate(engine, loader, logits=own)
+    if logits_file is not None:
+        parts = gather_objects(mesh, own)
+        if mesh.rank == 0:
+            assert not isinstance(data.eval, range)
+            logits = torch.cat([tensor for part in parts for tensor in part])
+            labels = torch.from_numpy(data.eval.labels)
+            save_file({"logits": logits, "labels": labels}, logits_file)
+    return {**score.metrics(), "samples": float(score.total)}
+
+
+def score_model(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> Score:
+    """Score an ordinary Hugging Face model in this process."""
+    score = Score()
+    with torch.inference_mode():
+        for scores, labels in _forward_all(model, batches):
+            score.add(scores, labels)
+    return score
+
+
+def _forward_all(
+    model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        moved = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = moved.pop("labels")
+        yield model(**moved).logits, labels

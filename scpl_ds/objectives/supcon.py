@@ -1,0 +1,236 @@
+"""The supervised contrastive loss of SCPL: samples of one class attract, all others repel."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, Field, PositiveInt, model_validator
+from torch import Tensor
+
+from scpl_ds.errors import RecipeError
+from scpl_ds.objectives._base import Objective, ObjectiveOptions, ObjectiveOutput
+from scpl_ds.objectives._heads import Pooling, Projection, ProjectionHead, pool, real_rows
+
+IGNORED_LABEL = -100
+"""A row with this label is no anchor, no positive and no negative, as in torch's cross-entropy."""
+
+
+def positive_pairs(labels: Tensor) -> Tensor:
+    """Which pairs of rows share a class, bool, [N, N]; no row with itself, no ignored row."""
+    counted = labels != IGNORED_LABEL  # [N]
+    same = (labels[:, None] == labels[None, :]) & counted[:, None]  # [N, N]
+    return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+
+
+def supcon_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    pos_norm: Literal["paper", "khosla"] = "paper",
+) -> Tensor:
+    """Supervised contrastive loss of one batch: same-label rows attract, the rest repel.
+
+    Row ``i`` is the anchor once. Its positives P(i) are the other rows with the same label. With
+    ``pos_norm="paper"`` an anchor's sum over P(i) is divided by |P(i)| + 1, and a row that is alone
+    in its class contributes 0 but stays in the mean; with ``"khosla"`` it is divided by |P(i)| and
+    the mean is over the anchors that have a positive. A batch of one row, or without any pair,
+    gives 0 with a gradient of zeros, never NaN and never a missing gradient.
+
+    Rows labelled -100 are left out altogether, whatever they hold. Computed in float32 (float64
+    stays float64), also under autocast. Needs no synchronisation with the device.
+
+    Shapes: N rows (micro-batch x data-parallel ranks when gathered), D features.
+
+    Args:
+        embeddings: Floating point, [N, D]. Normalised here; need not be unit length.
+        labels: Integer, [N].
+        temperature: Softmax temperature, dimensionless, > 0. Lower is sharper.
+        pos_norm: Which of the two normalisations.
+
+    Returns:
+        Scalar in nats, float32 or float64.
+
+    Raises:
+        ValueError: The shapes do not fit, the labels are not integers, ``temperature`` is not
+            positive, or ``pos_norm`` is unknown.
+
+    Source:
+        Khosla et al. 2020, arXiv:2004.11362, eq. 2 (L_out). ``paper`` divides by |P(i)| + 1 as the
+        SCPL authors' code does (minyaho/SCPL, model/loss_fn.py, LocalLoss), not by |P(i)|.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> round(supcon_loss(x, torch.tensor([0, 0, 1]), temperature=1.0).item(), 4)
+        0.1044
+    """
+    _check(embeddings, labels, temperature, pos_norm)
+    labels = labels.long()
+    counted = labels != IGNORED_LABEL  # [N]
+    positives = positive_pairs(labels)  # [N, N]
+    others = counted[None, :] & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        z = F.normalize(x.masked_fill(~counted[:, None], 0.0), dim=-1)  # [N, D]
+        logits = z @ z.T / temperature  # [N, N]
+        # finfo.min, not -inf: for a row without others, logsumexp of all -inf has a NaN gradient.
+        denominator = logits.masked_fill(~others, torch.finfo(logits.dtype).min)
+        log_prob = logits - denominator.logsumexp(dim=1, keepdim=True)  # [N, N]
+        per_anchor = -log_prob.masked_fill(~positives, 0.0).sum(dim=1)  # [N]
+        num_positives = positives.sum(dim=1)  # [N]
+        if pos_norm == "paper":
+            return (per_anchor / (num_positives + 1)).sum() / counted.sum().clamp(min=1)
+        num_anchors = (num_positives > 0).sum().clamp(min=1)
+        return (per_anchor / num_positives.clamp(min=1)).sum() / num_anchors
+
+
+def _check(embeddings: Tensor, labels: Tensor, temperature: float, pos_norm: str) -> None:
+    if embeddings.ndim != 2 or labels.ndim != 1 or embeddings.shape[0] != labels.shape[0]:
+        raise ValueError(
+            "supcon_loss needs one vector and one label per row, got embeddings of shape "
+            f"{list(embeddings.shape)} and labels of shape {list(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"supcon_loss compares classes and needs integer labels, got {labels.dtype}."
+        )
+    if not embeddings.is_floating_point():
+        raise ValueError(f"supcon_loss needs floating point embeddings, got {embeddings.dtype}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}.")
+    if pos_norm not in ("paper", "khosla"):
+        raise ValueError(f"pos_norm must be 'paper' or 'khosla', got {pos_norm!r}.")
+
+
+class SupConOptions(ObjectiveOptions):
+    """Options of ``scpl.objective: {name: supcon, ...}``."""
+
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Softmax temperature, dimensionless. Lower is sharper; 0.1 is the paper's."""
+    pooling: Pooling = "mean"
+    """How a sequence becomes one vector: ``mean`` over its real positions, ``cls`` (the first real
+    one), ``last`` (the last real one, for decoders)."""
+    projection: Projection = "mlp"
+    """Head between the pooled vector and the loss; trained with the stage, not exported. The
+    paper's language experiments use ``identity``."""
+    projection_dim: PositiveInt | None = None
+    """Width of the vectors that are compared. Unset: the model's hidden size."""
+    hidden_dim: PositiveInt | None = None
+    """Width of the hidden layer of ``mlp``. Unset: the model's hidden size."""
+    pos_norm: Literal["paper", "khosla"] = "paper"
+    """``paper``: divide by |P| + 1 and average over all rows, as the authors' code does.
+    ``khosla``: divide by |P| and average over the rows that have a positive."""
+    layer_norm: bool = True
+    """Normalise the pooled vector before the head. Pre-norm models (GPT-2, Llama, ModernBERT, ...)
+    hand over a residual stream that nobody has normalised, in which a few features are far larger
+    than the rest. false is the paper's setting; its own blocks end in a LayerNorm."""
+
+    @model_validator(mode="after")
+    def _dims_belong_to_the_projection(self) -> SupConOptions:
+        if self.projection == "identity" and self.projection_dim is not None:
+            raise ValueError(
+                f"projection_dim: {self.projection_dim} needs a head, but projection is "
+                "'identity'; use projection: linear or mlp, or leave projection_dim out"
+            )
+        if self.projection != "mlp" and self.hidden_dim is not None:
+            raise ValueError(
+                f"hidden_dim: {self.hidden_dim} is the hidden layer of an mlp, but projection is "
+                f"'{self.projection}'; use projection: mlp, or leave hidden_dim out"
+            )
+        return self
+
+
+class SupCon(Objective):
+    """Supervised contrastive local objective: pool, project, compare every pair of the micro-batch.
+
+    Who shares the micro-batch is part of the objective: gradient accumulation is not a bigger batch
+    for it. Rows without a positive teach nothing; ``valid_anchor_fraction`` says how many rows of
+    the micro-batch did have one (fully padded rows and labels of -100 count as rows without).
+
+    Raises:
+        RecipeError: The task has no classes (regression), or the head needs a hidden size that is
+            not known.
+    """
+
+    Options: ClassVar[type[BaseModel]] = SupConOptions
+
+    def __init__(
+        self, options: SupConOptions, *, hidden_size: int | None, num_labels: int | None
+    ) -> None:
+        super().__init__(options, hidden_size=hidden_size, num_labels=num_labels)
+        if num_labels == 1:
+            raise RecipeError(
+                "scpl.objective: supcon compares samples by class, but model.num_labels is 1, "
+                "which means regression in transformers. Use a classification task "
+                "(num_labels: 2 or more)."
+            )
+        self.options = options
+        try:
+            self.head = ProjectionHead(
+                hidden_size,
+                projection=options.projection,
+                hidden_size=options.hidden_dim,
+                output_size=options.projection_dim,
+                layer_norm=options.layer_norm,
+            )
+        except ValueError as error:
+            raise RecipeError(
+                f"scpl.objective: {error} Use projection: identity with layer_norm: false, or "
+                "a model whose config has a hidden_size."
+            ) from error
+
+    def forward(
+        self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor
+    ) -> ObjectiveOutput:
+        """Loss of one micro-batch; metrics: ``valid_anchor_fraction``.
+
+        Raises:
+            RecipeError: The labels are not one class per row (regression, multi-label, causal-lm).
+            ValueError: The number of labels, or the mask, does not fit the hidden states.
+        """
+        self._check_labels(hidden_states, labels)
+        pooled = pool(hidden_states, attention_mask, self.options.pooling)  # [B, D]
+        labels = labels.long().masked_fill(~real_rows(hidden_states, attention_mask), IGNORED_LABEL)
+        loss = supcon_loss(
+            self.head(pooled),
+            labels,
+            temperature=self.options.temperature,
+            pos_norm=self.options.pos_norm,
+        )
+        with torch.no_grad():
+            has_positive = positive_pairs(labels).any(dim=1)  # [B]
+            fraction = has_positive.sum().float() / max(len(labels), 1)
+        return ObjectiveOutput(loss, {"valid_anchor_fraction": fraction})
+
+    def flops(self, batch: int, sequence: int) -> int:
+        """FLOPs of the head and of the B x B similarities; pooling has no matrix product."""
+        del sequence
+        width = self.head.shapes[-1][1] if self.head.shapes else (self.hidden_size or 0)
+        return self.head.flops(batch) + 2 * batch * batch * width
+
+    @staticmethod
+    def _check_labels(hidden_states: Tensor, labels: Tensor | None) -> None:
+        if labels is None:
+            raise RecipeError(
+                "scpl.objective: supcon needs the class of every sample, but the batch has no "
+                "'labels'. Use a labelled data set."
+            )
+        if labels.is_floating_point() or labels.is_complex():
+            raise RecipeError(
+                "scpl.objective: supcon compares samples by class and needs integer labels, got "
+                f"{labels.dtype} of shape {list(labels.shape)}: regression and multi-label targets "
+                "have no classes. Use a single-label classification task."
+            )
+        if labels.ndim != 1:
+            raise RecipeError(
+                "scpl.objective: supcon needs one label per sample, [batch], got shape "
+                f"{list(labels.shape)}. Labels per token (causal-lm) have no class per sample; use "
+                "model.task: sequence-classification."
+            )
+        if labels.shape[0] != hidden_states.shape[0]:
+            raise ValueError(
+                f"supcon needs one label per sample, got {labels.shape[0]} labels for "
+                f"{hidden_states.shape[0]} rows of hidden states."
+            )

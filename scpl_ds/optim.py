@@ -1,0 +1,195 @@
+"""Optimizer and LR schedule from a recipe: torch's own optimizers, and the LR as a pure function.
+
+The learning rate is computed from the number of the optimizer step, never kept as state: all stages
+agree on it without talking, a resumed run needs no scheduler to restore, and a stage that skips a
+step (fp16 overflow) does not fall behind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from scpl_ds.ds_config import DeepSpeedSection, SchedulerSpec
+from scpl_ds.recipe_sections import TrainSection
+
+LrSchedule = Callable[[int], float]
+"""Optimizer step, 0-based -> learning rate of that step divided by the optimizer's ``lr``."""
+
+HF_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    section: DeepSpeedSection,
+    lr: float | None = None,
+) -> torch.optim.Optimizer:
+    """Torch's optimizer for the ``deepspeed.optimizer`` section.
+
+    Two parameter groups: with weight decay, and without it for parameters of fewer than two
+    dimensions (biases and norms), as transformers' Trainer does by name. Frozen parameters are left
+    out; a group nobody is in does not exist. ``Adam`` means AdamW unless ``adam_w_mode: false``, as
+    in DeepSpeed. Defaults are Hugging Face's: no weight decay, where torch's AdamW has 0.01.
+
+    Args:
+        named_parameters: Of one stage, its objective's head included.
+        section: Says type and parameters.
+        lr: Replaces the section's learning rate.
+
+    Raises:
+        ValueError: Nothing is trainable.
+    """
+    kind, params = section.optimizer
+    options = _torch_options(kind, params)
+    if lr is not None:
+        options["lr"] = lr
+    decay = float(options.pop("weight_decay", 0.0))
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if not trainable:
+        raise ValueError("build_optimizer got no parameter that requires a gradient.")
+    groups = [
+        {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return _CLASSES[_class_name(kind, params)]([g for g in groups if g["params"]], **options)
+
+
+_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+}
+
+_DEEPSPEED_ONLY = ("adam_w_mode", "torch_adam", "bias_correction", "fp32_optimizer_states")
+
+
+def _class_name(kind: str, params: dict[str, Any]) -> str:
+    if kind == "adam" and params.get("adam_w_mode") is not False:
+        return "adamw"
+    return kind
+
+
+def _torch_options(kind: str, params: dict[str, Any]) -> dict[str, Any]:
+    options = {k: v for k, v in params.items() if k not in _DEEPSPEED_ONLY and v is not None}
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    return options
+
+
+def lr_schedule(section: DeepSpeedSection, train: TrainSection, total_steps: int) -> LrSchedule:
+    """The run's LR schedule: ``deepspeed.scheduler`` if there is one, else ``train``'s.
+
+    Args:
+        section: For the scheduler and the learning rate that its factors are relative to.
+        train: For ``lr_scheduler_type`` (``linear`` unless set) and warm-up.
+        total_steps: Optimizer steps of the whole run.
+
+    Returns:
+        Step -> factor of ``section.lr``.
+    """
+    warmup = warmup_steps(train, total_steps)
+    if section.scheduler is not None:
+        return deepspeed_schedule(section.scheduler, section.lr, total_steps, warmup)
+    kind = train.lr_scheduler_type or "linear"
+    return lambda step: lr_factor(step, total_steps, kind=kind, warmup_steps=warmup)
+
+
+def warmup_steps(train: TrainSection, total_steps: int) -> int:
+    """``train.warmup_steps``, or ``train.warmup_ratio`` of all steps, rounded up."""
+    if train.warmup_steps is not None:
+        return train.warmup_steps
+    return math.ceil(total_steps * (train.warmup_ratio or 0.0))
+
+
+def lr_factor(step: int, total_steps: int, *, kind: str = "linear", warmup_steps: int = 0) -> float:
+    """Factor of the peak learning rate in Hugging Face's schedules.
+
+    Args:
+        step: Optimizer step, 0-based.
+        total_steps: Optimizer steps of the whole run.
+        kind: ``linear`` and ``cosine`` fall to 0 at ``total_steps``; ``constant`` ignores warm-up.
+        warmup_steps: Steps of linear rise from 0.
+
+    Raises:
+        ValueError: Unknown ``kind``.
+
+    Source:
+        transformers 5.23, ``optimization.py``, ``get_scheduler``; equal to it in the tests.
+    """
+    if kind not in HF_SCHEDULES:
+        raise ValueError(f"kind must be one of {', '.join(HF_SCHEDULES)}, got {kind!r}.")
+    if kind == "constant":
+        return 1.0
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    if kind == "constant_with_warmup":
+        return 1.0
+    left = max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return max(0.0, (total_steps - step) / left)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / left)))
+
+
+def deepspeed_schedule(
+    spec: SchedulerSpec, lr: float, total_steps: int, warmup: int = 0
+) -> LrSchedule:
+    """DeepSpeed's ``WarmupLR``, ``WarmupDecayLR`` or ``WarmupCosineLR`` as a pure function.
+
+    Missing or ``"auto"``: ``warmup_max_lr`` is the optimizer's ``lr`` and ``total_num_steps`` the
+    run's length. ``warmup_num_steps: auto`` is ``warmup``; missing, it is DeepSpeed's 1000.
+
+    Args:
+        spec: Type and parameters as written in the recipe.
+        lr: The optimizer's learning rate, which the factor is relative to. With 0 it stays 0.
+        total_steps: Optimizer steps of the whole run.
+        warmup: From the ``train`` section; 0 where it is silent.
+
+    Source:
+        DeepSpeed 0.19.8, ``runtime/lr_schedules.py``. DeepSpeed moves its schedule after each step
+        and starts at -1, so step n uses what the formula gives for n - 1. Equal to it in the tests.
+    """
+    params = {k: v for k, v in spec.params.items() if v is not None and v != "auto"}
+    total = int(params.get("total_num_steps", total_steps))
+    default_ramp = warmup if spec.params.get("warmup_num_steps") == "auto" else 1000
+    ramp_steps = max(2, int(params.get("warmup_num_steps", default_ramp)))
+    log_ramp = params.get("warmup_type", "log") == "log"
+
+    def ramp(done: int) -> float:
+        return math.log(done + 1) / math.log(ramp_steps) if log_ramp else done / ramp_steps
+
+    if spec.type == "WarmupCosineLR":
+        low = float(params.get("warmup_min_ratio", 0.0))
+        floor = float(params.get("cos_min_ratio", 0.0001))
+
+        def cosine(step: int) -> float:
+            done = step - 1
+            if done < 0:
+                return 0.0
+            if done < ramp_steps:
+                return low + (1.0 - low) * ramp(done)
+            progress = min(1.0, (done - ramp_steps + 1) / max(1, total - ramp_steps))
+            return max(0.0, floor + (1.0 - floor) * (1.0 + math.cos(math.pi * progress)) / 2)
+
+        return cosine
+
+    low_lr = float(params.get("warmup_min_lr", 0.0))
+    high_lr = float(params.get("warmup_max_lr", lr))
+
+    def warmup_then(step: int) -> float:
+        done = step - 1
+        if done < 0:
+            gamma = 0.0
+        elif done < ramp_steps:
+            gamma = ramp(done)
+        elif spec.type == "WarmupDecayLR":
+            gamma = max(0.0, (total - done) / max(1.0, total - ramp_steps))
+        else:
+            gamma = 1.0
+        return (low_lr + (high_lr - low_lr) * gamma) / lr if lr else 0.0
+
+    return warmup_then

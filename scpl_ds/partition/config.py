@@ -1,0 +1,54 @@
+"""The model's config as this run needs it: number of labels, label names, padding token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import AutoConfig, PretrainedConfig
+
+from scpl_ds.errors import PartitionError
+from scpl_ds.partition._hf import one_line
+
+
+def load_config(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    num_labels: int | None = None,
+    label_names: Sequence[str] = (),
+    pad_token_id: int | None = None,
+) -> PretrainedConfig:
+    """The config of a hub name or folder, with what the data and the tokenizer say put in.
+
+    Args:
+        name_or_path: As ``from_pretrained`` takes it.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Let the repository's own config class run.
+        num_labels: Classes of the head; None leaves the config's.
+        label_names: Class id -> name; used when there are exactly ``num_labels``.
+        pad_token_id: The tokenizer's; None leaves the config's. Classifiers that look for the last
+            token need it.
+
+    Raises:
+        PartitionError: There is no config, or it cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    # transformers raises OSError, ValueError or KeyError, depending on what is missing or broken.
+    except Exception as error:
+        raise PartitionError(
+            f"model.name_or_path: '{name_or_path}' gives no model config ({one_line(error)}). Name a "
+            "hub model or a folder with config.json; `demo` is the embedded model. Without a "
+            "network, download the model first and set HF_HUB_OFFLINE=1."
+        ) from error
+    if num_labels is not None and num_labels != config.num_labels:
+        config.num_labels = num_labels
+    if num_labels is not None and len(label_names) == num_labels:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: k for k, name in enumerate(label_names)}
+    if pad_token_id is not None:
+        config.get_text_config().pad_token_id = pad_token_id
+    return config

@@ -1,0 +1,243 @@
+"""DeepSpeed's way of giving a pipeline: a list of layers, each taking what the one before returned."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from scpl_ds.errors import PartitionError
+from scpl_ds.partition.plan import PartitionPlan, explicit_bounds, min_max_cut
+from scpl_ds.partition.stage_module import StageOutput
+
+
+class LayerSpec:
+    """A layer that is built later, and only by the stage that owns it (as in ``deepspeed.pipe``)."""
+
+    def __init__(
+        self, typename: Callable[..., Any], *module_args: Any, **module_kwargs: Any
+    ) -> None:
+        self.typename, self.module_args, self.module_kwargs = typename, module_args, module_kwargs
+
+    def build(self) -> Any:
+        return self.typename(*self.module_args, **self.module_kwargs)
+
+
+class TiedLayerSpec(LayerSpec):
+    """A layer that shares weights with the others of the same ``key``; within one stage only."""
+
+    def __init__(
+        self,
+        key: str,
+        typename: Callable[..., Any],
+        *module_args: Any,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        tied_weight_attr: str | Sequence[str] = ("weight",),
+        **module_kwargs: Any,
+    ) -> None:
+        super().__init__(typename, *module_args, **module_kwargs)
+        self.key, self.forward_fn = key, forward_fn
+        names = [tied_weight_attr] if isinstance(tied_weight_attr, str) else list(tied_weight_attr)
+        self.tied_weight_attr = names
+
+
+@runtime_checkable
+class BuildsLayer(Protocol):
+    """What a ``LayerSpec`` can do; DeepSpeed's own specs can too."""
+
+    def build(self) -> Any: ...
+
+
+@runtime_checkable
+class TiesLayer(BuildsLayer, Protocol):
+    """What a ``TiedLayerSpec`` has, DeepSpeed's own included."""
+
+    key: str
+    forward_fn: Callable[[Any, Any], Any] | None
+    tied_weight_attr: Sequence[str]
+
+
+Layer = nn.Module | BuildsLayer | Callable[[Any], Any]
+
+
+class LayerListStage(nn.Module):
+    """Layers ``[start, end)`` of a list; the counterpart of ``StageModule`` for models given as one.
+
+    Tensors are named ``layers.<index in the whole list>.*``. Labels and the first layer's input are
+    the batch's ``labels`` and ``inputs``; between layers goes one tensor.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        start: int,
+        end: int,
+        *,
+        loss_fn: Callable[[Any, Tensor], Tensor] | None,
+        hidden_size: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.start, self.end, self.num_layers = start, end, len(layers)
+        self.is_first, self.is_last = start == 0, end == len(layers)
+        self.hidden_size = hidden_size
+        self.layers = nn.ModuleDict()
+        self._loss_fn = loss_fn
+        self._calls: list[Callable[[Any], Any]] = []
+        tied: dict[str, nn.Module] = {}
+        for index in range(start, end):
+            # Seeded by the layer's own number: a layer starts the same in whatever stage it is built.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((seed * 1_000_003 + index) % 2**63)
+                self._calls.append(self._build(layers[index], index, tied))
+
+    def _build(self, layer: Layer, index: int, tied: dict[str, nn.Module]) -> Callable[[Any], Any]:
+        built = layer.build() if isinstance(layer, BuildsLayer) else layer
+        if not isinstance(built, nn.Module):
+            return built
+        self.layers[str(index)] = built
+        if not isinstance(layer, TiesLayer):
+            return built
+        first = tied.setdefault(layer.key, built)
+        if first is not built:
+            for name in layer.tied_weight_attr:
+                owner, _, leaf = name.rpartition(".")
+                setattr(built.get_submodule(owner), leaf, first.get_parameter(name))
+        forward_fn = layer.forward_fn
+        return built if forward_fn is None else lambda value: forward_fn(built, value)
+
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        hidden_states: Tensor | None,
+        *,
+        detach_features: bool = False,
+    ) -> StageOutput:
+        """Run this stage's layers; the last one's output is the logits on the last stage.
+
+        With ``detach_features`` the last layer of the list is the task head: it reads the output of
+        the layer before it cut from autograd.
+        """
+        value: Any = inputs["inputs"] if hidden_states is None else hidden_states
+        *body, last = self._calls
+        for call in body:
+            value = call(value)
+        if not self.is_last:
+            value = last(value)
+            self._check(value)
+            return StageOutput(value, None, None)
+        features = value
+        logits = last(features.detach() if detach_features else features)
+        labels = inputs.get("labels")
+        loss = None if labels is None or self._loss_fn is None else self._loss_fn(logits, labels)
+        return StageOutput(features, loss, logits)
+
+    def _check(self, value: Any) -> None:
+        if not torch.is_tensor(value) or not value.is_floating_point():
+            kind = value.dtype if torch.is_tensor(value) else type(value).__name__
+            raise PartitionError(
+                f"layer {self.end - 1}, the last of its stage, returned a {kind}; one floating-point "
+                "tensor can cross a boundary. Cut elsewhere, or keep side values in the batch."
+            )
+
+
+def check_layers(layers: Sequence[Layer], bounds: Sequence[int]) -> None:
+    """Refuse what decoupled stages cannot do with a list of layers.
+
+    Raises:
+        PartitionError: Tied layers in different stages; an entry that is no layer.
+    """
+    owner: dict[str, tuple[int, int]] = {}
+    for stage, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for index in range(start, end):
+            layer = layers[index]
+            if not callable(layer) and not isinstance(layer, BuildsLayer):
+                raise PartitionError(
+                    f"layers[{index}] is a {type(layer).__name__}; a layer is an nn.Module, a "
+                    "LayerSpec or a function."
+                )
+            if not isinstance(layer, TiesLayer):
+                continue
+            first, at = owner.setdefault(layer.key, (stage, index))
+            if first != stage:
+                raise PartitionError(
+                    f"TiedLayerSpec('{layer.key}') ties layers {at} and {index}, which are in stages "
+                    f"{first} and {stage}: no gradient crosses stages, so they cannot share a "
+                    "weight. Cut so that both are in one stage, or use two LayerSpecs (untied)."
+                )
+
+
+def count_parameters(layers: Sequence[Layer]) -> list[int]:
+    """Trainable parameters of each layer; a ``LayerSpec`` is built on the meta device to count."""
+    counts = []
+    for layer in layers:
+        built: Any = layer
+        if isinstance(layer, BuildsLayer):
+            with torch.device("meta"):
+                built = layer.build()
+        module = built if isinstance(built, nn.Module) else nn.Identity()
+        counts.append(sum(p.numel() for p in module.parameters() if p.requires_grad))
+    return counts
+
+
+def plan_layers(
+    layers: Sequence[Layer], num_stages: int, method: str | Sequence[Sequence[int]]
+) -> PartitionPlan:
+    """Cut a list of layers: ``uniform``, ``parameters``, ``type:<regex>`` or explicit ranges.
+
+    ``type:`` balances the layers whose class name matches, as DeepSpeed does. ``flops`` needs a
+    Hugging Face model and means ``parameters`` here.
+
+    Raises:
+        PartitionError: More stages than layers, no layer matches, or the ranges do not fit.
+    """
+    if not 1 <= num_stages <= len(layers):
+        raise PartitionError(
+            f"{len(layers)} layers cannot be cut into {num_stages} stages; use 1 to {len(layers)}."
+        )
+    if not isinstance(method, str):
+        return PartitionPlan(explicit_bounds(len(layers), num_stages, method), "explicit")
+    if method == "uniform":
+        costs = [1] * len(layers)
+    elif method.startswith("type:"):
+        pattern = re.compile(method.removeprefix("type:"), re.IGNORECASE)
+        names = [_type_name(layer) for layer in layers]
+        costs = [int(bool(pattern.search(name))) for name in names]
+        if not any(costs):
+            raise PartitionError(
+                f"partition '{method}': no layer's class matches; the classes are "
+                f"{', '.join(sorted(set(names)))}."
+            )
+    else:
+        costs = count_parameters(layers)
+    sums = [0, *itertools.accumulate(costs)]
+    bounds = min_max_cut(len(layers), num_stages, lambda _, start, end: sums[end] - sums[start])
+    return PartitionPlan(bounds, method)
+
+
+def _type_name(layer: Layer) -> str:
+    typename = getattr(layer, "typename", None) or type(layer)
+    return getattr(typename, "__name__", str(typename))
+
+
+def boundary_width(
+    layers: Sequence[Layer], end: int, example: Mapping[str, Tensor] | Tensor | None
+) -> int | None:
+    """Last dimension of what layer ``end - 1`` returns, found without computing anything.
+
+    None when there is no example input to trace with.
+    """
+    if example is None:
+        return None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        source = example["inputs"] if isinstance(example, Mapping) else example
+        value: Any = mode.from_tensor(source)
+        for layer in layers[:end]:
+            value = (layer.build() if isinstance(layer, BuildsLayer) else layer)(value)  # type: ignore[operator]
+    return int(value.shape[-1])

@@ -1,0 +1,154 @@
+"""Reading recipe files (YAML or JSON, no duplicate keys) and applying ``a.b.c=value`` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scpl_ds.errors import RecipeError
+from scpl_ds.problems import Problem, show
+
+_NAME_ONLY = ("data", "scpl.objective")
+"""Sections that may be written as a name alone; an override below them makes them a mapping."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice (PyYAML keeps the last in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None,
+                        None,
+                        f"key '{key}' is written twice, first in line {seen[key]}",
+                        key_node.start_mark,
+                    )
+                seen[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds (JSON is YAML, tabs aside).
+
+    Raises:
+        RecipeError: No such file, not readable, broken, empty, or not a mapping; with the place.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist (looked in {Path.cwd()}).") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{path} is a folder; name a YAML or JSON file.") from error
+    except (OSError, ValueError) as error:  # not UTF-8, or no name for a file
+        raise RecipeError(f"{path} cannot be read: {error}.") from error
+    if path.suffix == ".json":
+        text = text.expandtabs(2)
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {_place(error)}.") from error
+    if value is None:
+        raise RecipeError(f"{path} is empty; start from a file in recipes/.")
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path} must hold a mapping of sections, got {show(value)}.")
+    return {str(k): v for k, v in value.items()}
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+    """Set ``a.b.c`` to the YAML value for every ``a.b.c=value``, in order, in place.
+
+    List items are named by number or by their ``name``. Overriding ``train.save_steps`` alone also
+    sets ``train.save_strategy: steps``, whatever the file says; the same for ``eval``.
+
+    Returns:
+        What could not be applied.
+    """
+    problems: list[Problem] = []
+    keys: set[str] = set()
+    for text in overrides:
+        key, equals, value_text = text.partition("=")
+        key = key.strip().removeprefix("--")
+        if not equals or not key or not all(key.split(".")):
+            message = f"override '{text}': expected key=value, such as scpl.stages=3"
+            problems.append(Problem("", message))
+            continue
+        try:
+            value = yaml.load(value_text, _StrictLoader)
+        except yaml.YAMLError as error:
+            problems.append(Problem(key, f"'{value_text}' is not valid YAML: {_place(error)}"))
+            continue
+        if (problem := _put(raw, key, value)) is not None:
+            problems.append(problem)
+        keys.add(key)
+    train = raw.get("train")
+    for what in ("save", "eval"):
+        steps, strategy = f"train.{what}_steps", f"{what}_strategy"
+        if steps in keys and f"train.{strategy}" not in keys and isinstance(train, dict):
+            train.pop(strategy, None)
+    return problems
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> Problem | None:
+    *parents, last = key.split(".")
+    current: Any = raw
+    walked: list[str] = []
+    for part in parents:
+        walked.append(part)
+        inner = _child(current, part)
+        if inner is None and isinstance(current, dict):
+            inner = {}
+        elif isinstance(inner, str) and ".".join(walked) in _NAME_ONLY:
+            inner = {"name": inner}
+        elif isinstance(inner, Mapping):
+            inner = dict(inner)  # a mapping of the caller's stays as it is
+        elif isinstance(inner, list):
+            inner = list(inner)
+        else:
+            found = "nothing" if inner is None else show(inner)
+            return Problem(key, f"cannot be set: '{'.'.join(walked)}' is {found}, not a mapping")
+        _set(current, part, inner)
+        current = inner
+    if isinstance(current, list) and _index(current, last) is None:
+        return Problem(key, f"cannot be set: the list has no item '{last}'")
+    _set(current, last, value)
+    return None
+
+
+def _child(container: Any, part: str) -> Any:
+    if isinstance(container, list):
+        index = _index(container, part)
+        item = None if index is None else container[index]
+        return {"name": item} if isinstance(item, str) else item
+    return container.get(part)
+
+
+def _set(container: Any, part: str, value: Any) -> None:
+    if isinstance(container, list):
+        index = _index(container, part)
+        assert index is not None  # the caller has looked
+        container[index] = value
+    else:
+        container[part] = value
+
+
+def _index(items: list[Any], part: str) -> int | None:
+    if part.isdigit():
+        return int(part) if int(part) < len(items) else None
+    for index, item in enumerate(items):
+        if item == part or (isinstance(item, dict) and item.get("name") == part):
+            return index
+    return None
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """What is wrong and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem

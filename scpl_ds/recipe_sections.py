@@ -1,0 +1,393 @@
+"""The sections of a recipe as frozen pydantic models; every field's docstring is its documentation.
+
+``docs/recipe.md`` and ``recipes/recipe.schema.json`` are generated from this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import pydantic
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    model_serializer,
+    model_validator,
+)
+
+from scpl_ds import registry
+from scpl_ds.errors import RecipeError
+from scpl_ds.problems import Problem, nested, problems_of, show
+
+
+class Section(pydantic.BaseModel):
+    """Base of all sections: nothing unknown, nothing changed after loading, no NaN."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {value}")
+    return value
+
+
+Count = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
+Number = Annotated[float, Field(ge=0), BeforeValidator(_not_bool)]
+Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_bool)]
+
+
+class Named(pydantic.BaseModel):
+    """``{name: ..., <options>}``: a class from the registry and that class's own options.
+
+    A text alone is the name with default options. The options are checked by the class's
+    ``Options``, so whatever a new objective, data source or tracker takes is checked as strictly.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    kind: ClassVar[str]
+    """Table of the registry."""
+
+    name: str
+    options: SerializeAsAny[pydantic.BaseModel]
+
+    def resolve(self) -> Any:
+        """The class itself."""
+        return registry.resolve(self.kind, self.name, where="name")
+
+    def create(self, **kwargs: Any) -> Any:
+        """``Class(options, **kwargs)``."""
+        return self.resolve()(self.options, **kwargs)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must be a name or a mapping with a name, got {show(value)}")
+        options = {str(k): v for k, v in value.items()}
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            known = ", ".join(registry.names(cls.kind))
+            message = f"is required, one of {known}" if name is None else "must be a text"
+            raise nested([Problem("name", message)])
+        if list(options) == ["options"] and isinstance(options["options"], pydantic.BaseModel):
+            return {"name": name, **options}
+        try:
+            target = registry.resolve(cls.kind, name, where="name")
+        except RecipeError as error:
+            raise nested([Problem(*str(error).split(": ", 1))]) from error
+        schema = getattr(target, "Options", None)
+        if not (isinstance(schema, type) and issubclass(schema, pydantic.BaseModel)):
+            raise nested(
+                [
+                    Problem(
+                        "name", f"'{name}' has no pydantic model `Options`, so it is no {cls.kind}"
+                    )
+                ]
+            )
+        try:
+            return {"name": name, "options": schema.model_validate(options)}
+        except pydantic.ValidationError as error:
+            raise nested(problems_of(error, schema)) from error
+
+    @model_serializer
+    def _dump(self) -> dict[str, Any]:
+        fields = type(self.options).model_fields
+        values = self.options.model_dump(mode="json")
+        # A None that is not the default says something (`eval_split: null`) and stays.
+        return {"name": self.name} | {
+            k: v for k, v in values.items() if v is not None or fields[k].default is not None
+        }
+
+
+class ObjectiveChoice(Named):
+    """Which loss the stages before the last one train on."""
+
+    kind = "objective"
+
+
+class DataChoice(Named):
+    """Which texts and labels to train and evaluate on."""
+
+    kind = "data"
+
+    def create(self, **kwargs: Any) -> Any:
+        """The data source, told the name it was asked for by: one class may serve several."""
+        return super().create(name=self.name, **kwargs)
+
+
+class TrackerChoice(Named):
+    """One place that the run's metrics go to."""
+
+    kind = "tracker"
+
+
+class ModelSection(Section):
+    """Which Hugging Face model is cut into stages."""
+
+    name_or_path: Annotated[str, Field(min_length=1)]
+    """Hub name or local folder, as ``from_pretrained`` takes it; ``demo`` is the embedded model."""
+    task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
+    """Chooses ``AutoModelForSequenceClassification`` or ``AutoModelForCausalLM``."""
+    num_labels: Count | None = None
+    """Classes of the head; without it, as many as the data has."""
+    attn_implementation: str | None = None
+    """``eager``, ``sdpa`` or ``flash_attention_2``; without it, transformers chooses."""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer, when it is not the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Let the hub repository's own Python code run on this machine."""
+    lora: None = None
+    """Comes with a later release; only ``null`` is accepted."""
+
+    @pydantic.field_validator("lora", mode="before")
+    @classmethod
+    def _no_lora_yet(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("lora comes with a later release; remove the key to train all weights")
+
+
+class HeadSection(Section):
+    """How the last stage trains."""
+
+    detach_features: Literal[False, True, "both"] = False
+    """``false``: the task loss trains the last stage's layers and the head. ``true`` (the paper):
+    the local objective trains the layers, the task loss only the head. ``both``: the layers get
+    both losses."""
+
+
+def _ranks(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not _is_whole(value) or int(value) < 1):
+        raise ValueError(f"must be 'auto' or a whole number of at least 1, got {show(value)}")
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return int(value) == float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+_METHODS = ("flops", "parameters", "uniform")
+
+
+def _cuts(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in _METHODS:
+            near = registry.did_you_mean(value, _METHODS)
+            raise ValueError(
+                f"unknown method '{value}'{near} Known: {', '.join(_METHODS)}; or a list of "
+                "[start, end] layer ranges"
+            )
+        return value
+    example = "a list of [start, end] layer ranges such as [[0, 3], [3, 6]]"
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"must be {', '.join(_METHODS)}, or {example}, got {show(value)}")
+    position = 0
+    for span in value:
+        pair = isinstance(span, list | tuple) and len(span) == 2 and all(map(_is_whole, span))
+        if not pair or isinstance(span[0], bool) or isinstance(span[1], bool):
+            raise ValueError(f"must be {example}, got {show(span)} in it")
+        start, end = int(span[0]), int(span[1])
+        if start != position:
+            raise ValueError(f"{show(list(span))} must start at layer {position}, without a gap")
+        if end <= start:
+            raise ValueError(f"{show(list(span))} holds no layer; end must be greater than start")
+        position = end
+    return value
+
+
+def _registered(kind: str) -> BeforeValidator:
+    """Known by name, or ``package.module:Class``; imported only when it is used."""
+
+    def check(value: Any) -> Any:
+        known = registry.names(kind)
+        if not isinstance(value, str):
+            raise ValueError(f"must be a text, got {show(value)}")
+        if value not in known and ":" not in value:
+            near = registry.did_you_mean(value, known)
+            raise ValueError(
+                f"unknown {kind} '{value}'{near} Known: {', '.join(known)}; or "
+                "'package.module:Class' of your own"
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
+class ScplSection(Section):
+    """Stages, what each trains on, and where each runs."""
+
+    stages: Count
+    """How many stages the layers are cut into."""
+    pipeline_ranks: Annotated[int | Literal["auto"], BeforeValidator(_ranks)] = "auto"
+    """Ranks that one copy of the model is spread over; a rank may hold several stages. ``auto``:
+    the largest number up to ``stages`` that divides the world size. What is left makes copies."""
+    partition: Annotated[
+        Literal["flops", "parameters", "uniform"] | tuple[tuple[int, int], ...],
+        BeforeValidator(_cuts),
+    ] = "flops"
+    """Where to cut: equal work (``flops``), equal memory (``parameters``), equal layer counts
+    (``uniform``), or ranges of layers such as ``[[0, 3], [3, 6]]``."""
+    objective: ObjectiveChoice = Field(
+        default_factory=lambda: ObjectiveChoice.model_validate("supcon")
+    )
+    """Local loss of the stages: a name, or ``{name: ..., <its options>}``. Default ``supcon``."""
+    head: HeadSection = HeadSection()
+    """How the last stage trains."""
+    schedule: Annotated[str, _registered("schedule")] = "stream"
+    """Order of work on a rank. ``stream`` never waits for a later stage."""
+    max_in_flight: Count = 2
+    """Messages that may wait at a boundary before the sender pauses; each holds one micro-batch of
+    hidden states."""
+    sharding: Annotated[str, _registered("sharding")] = "deepspeed"
+    """Backend that spreads one stage over its data-parallel ranks: ``deepspeed``, ``none``, or
+    ``package.module:Class``."""
+    timeout_s: Annotated[float, Field(gt=0), BeforeValidator(_not_bool)] = 600.0
+    """Seconds that a rank waits for its neighbour before it gives up and says for what."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problems: list[Problem] = []
+        if self.pipeline_ranks != "auto" and self.pipeline_ranks > self.stages:
+            problems.append(
+                Problem(
+                    "pipeline_ranks",
+                    f"{self.pipeline_ranks} is more than stages: {self.stages}, and a rank needs "
+                    f"at least one stage. Use at most {self.stages}",
+                )
+            )
+        if isinstance(self.partition, tuple) and len(self.partition) != self.stages:
+            problems.append(
+                Problem(
+                    "partition",
+                    f"has {len(self.partition)} ranges, but stages is {self.stages}",
+                )
+            )
+        if problems:
+            raise nested(problems)
+        return self
+
+
+def _bool_or_text(value: Any) -> Any:
+    if not isinstance(value, bool | str | Path):
+        raise ValueError(f"must be true, false or the folder of a checkpoint, got {show(value)}")
+    return value
+
+
+class TrainSection(Section):
+    """The loop, in the names of Hugging Face's ``TrainingArguments``."""
+
+    output_dir: Path | None = None
+    """Run folder; default ``runs/<name of the recipe file>``."""
+    run_name: str | None = None
+    """Name of the run in trackers; default the last part of ``output_dir``."""
+    num_train_epochs: Annotated[float, Field(gt=0), BeforeValidator(_not_bool)] = 3.0
+    """Passes over the training data; may be a fraction."""
+    max_steps: Annotated[int, Field(ge=-1), BeforeValidator(_not_bool)] = -1
+    """Optimizer steps; overrides ``num_train_epochs`` unless -1."""
+    per_device_train_batch_size: Count | None = None
+    """Same as ``deepspeed.train_micro_batch_size_per_gpu``."""
+    per_device_eval_batch_size: Count | None = None
+    """Samples of one evaluation micro-batch; default the training one."""
+    gradient_accumulation_steps: Count | None = None
+    """Same as ``deepspeed.gradient_accumulation_steps``. Not a larger batch for a contrastive
+    objective: it compares the rows of one micro-batch."""
+    learning_rate: Number | None = None
+    """Same as ``deepspeed.optimizer.params.lr``; 5e-5 when neither is set."""
+    weight_decay: Number | None = None
+    """Same as ``deepspeed.optimizer.params.weight_decay``; 0 when neither is set."""
+    adam_beta1: Fraction | None = None
+    """First of ``deepspeed.optimizer.params.betas``; 0.9 when neither is set."""
+    adam_beta2: Fraction | None = None
+    """Second of ``deepspeed.optimizer.params.betas``; 0.999 when neither is set."""
+    adam_epsilon: Number | None = None
+    """Same as ``deepspeed.optimizer.params.eps``; 1e-8 when neither is set."""
+    max_grad_norm: Number | None = None
+    """Same as ``deepspeed.gradient_clipping``, per stage; 1.0 when neither is set, 0 is off."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] | None = None
+    """LR schedule when there is no ``deepspeed.scheduler``; then ``linear`` unless set."""
+    warmup_steps: Annotated[int, Field(ge=0), BeforeValidator(_not_bool)] | None = None
+    """Optimizer steps of warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1), BeforeValidator(_not_bool)] | None = None
+    """Warm-up as a fraction of all steps; set this or ``warmup_steps``."""
+    logging_steps: Count = 10
+    """Optimizer steps between two log lines."""
+    eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to evaluate; ``steps`` when ``eval_steps`` is set."""
+    eval_steps: Count | None = None
+    """Optimizer steps between two evaluations."""
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to write a checkpoint; ``steps`` when ``save_steps`` is set."""
+    save_steps: Count | None = None
+    """Optimizer steps between two checkpoints."""
+    save_total_limit: Count | None = None
+    """Checkpoints to keep, the latest; without it, all."""
+    resume_from_checkpoint: Annotated[bool | Path, BeforeValidator(_bool_or_text)] = False
+    """``true``: go on from the latest checkpoint in ``output_dir``; a path: from that one."""
+    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_not_bool)] = 42
+    """Seed of new weights, data order and dropout."""
+    dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(_not_bool)] = 0
+    """Processes that prepare batches; 0 does it in the training process."""
+    dataloader_drop_last: bool = False
+    """Leave out an incomplete last batch of an epoch."""
+    disable_tqdm: bool = False
+    """No live progress display; log lines stay."""
+    export: bool = True
+    """Write the trained model as an ordinary Hugging Face folder at the end."""
+    export_dir: Path | None = None
+    """Where to; default ``<output_dir>/export``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_mean_a_strategy(cls, value: Any) -> Any:
+        """``save_steps: 500`` alone means ``save_strategy: steps``; the same for evaluation."""
+        if not isinstance(value, Mapping):
+            return value
+        filled = dict(value)
+        for what in ("save", "eval"):
+            strategy = filled.get(f"{what}_strategy")
+            if strategy is False:  # YAML 1.1 reads a bare `no` as false
+                filled[f"{what}_strategy"] = "no"
+            elif strategy is None:
+                filled.pop(f"{what}_strategy", None)
+                if filled.get(f"{what}_steps") is not None:
+                    filled[f"{what}_strategy"] = "steps"
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems: list[Problem] = []
+        for what in ("save", "eval"):
+            strategy, steps = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
+            if strategy == "steps" and steps is None:
+                problems.append(Problem(f"{what}_steps", f"is required by {what}_strategy: steps"))
+            if strategy != "steps" and steps is not None:
+                problems.append(
+                    Problem(
+                        f"{what}_steps",
+                        f"has no effect with {what}_strategy: {strategy}; remove one of the two",
+                    )
+                )
+        if self.warmup_steps and self.warmup_ratio:
+            problems.append(Problem("warmup_ratio", "set warmup_steps or warmup_ratio, not both"))
+        if self.max_steps == 0:
+            problems.append(Problem("max_steps", "0 steps train nothing; use -1 to go by epochs"))
+        if problems:
+            raise nested(problems)
+        return self

@@ -1,0 +1,80 @@
+"""Names in a recipe -> classes, imported on first use, so that importing ``scpl_ds`` stays cheap.
+
+A new objective, data source, sharding backend, tracker or schedule is one file and one line here,
+or no line at all: a recipe may name a class of the user's own as ``"package.module:Class"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from scpl_ds.errors import RecipeError
+
+_TABLES: dict[str, dict[str, str]] = {
+    "objective": {
+        "supcon": "scpl_ds.objectives.supcon:SupCon",
+    },
+    "sharding": {
+        "deepspeed": "scpl_ds.sharding.deepspeed:DeepSpeedBackend",
+        "none": "scpl_ds.sharding.none:NoneBackend",
+    },
+    "data": {
+        "demo": "scpl_ds.data.demo:DemoSource",
+        "hf": "scpl_ds.data.hf:HubSource",
+        "csv": "scpl_ds.data.files:FileSource",
+        "tsv": "scpl_ds.data.files:FileSource",
+        "jsonl": "scpl_ds.data.files:FileSource",
+        "parquet": "scpl_ds.data.files:FileSource",
+    },
+    "tracker": {
+        "console": "scpl_ds.trackers.console:ConsoleTracker",
+        "jsonl": "scpl_ds.trackers.jsonl:JsonlTracker",
+        "wandb": "scpl_ds.trackers.wandb:WandbTracker",
+    },
+    "schedule": {
+        "stream": "scpl_ds.schedules:stream",
+    },
+}
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Registered names of one kind (``objective``, ``sharding``, ``data``, ``tracker``, ``schedule``)."""
+    return tuple(_TABLES[kind])
+
+
+def register(kind: str, name: str, target: str) -> None:
+    """Add ``name`` for ``target`` (``"package.module:attribute"``) to the table of ``kind``."""
+    _TABLES[kind][name] = target
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def resolve(kind: str, name: str, *, where: str) -> Any:
+    """The class or function that ``name`` stands for.
+
+    Args:
+        kind: Which table to look in.
+        name: A registered name or ``"package.module:attribute"``.
+        where: Dotted recipe key, for the message (``scpl.objective.name``).
+
+    Raises:
+        RecipeError: The name is unknown, or its module or attribute cannot be imported.
+    """
+    target = _TABLES[kind].get(name) or (name if ":" in name else None)
+    if target is None:
+        raise RecipeError(
+            f"{where}: unknown {kind} '{name}'{did_you_mean(name, names(kind))} "
+            f"Known: {', '.join(names(kind))}; or 'package.module:Class' of your own."
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{where}: cannot import '{target}': {error}") from error

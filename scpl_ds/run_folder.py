@@ -1,0 +1,93 @@
+"""The run folder: what lies in it, and how an earlier run in the same place is kept."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scpl_ds.checkpoint import write_text
+from scpl_ds.errors import RecipeError
+from scpl_ds.recipe import Recipe, load_recipe
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "wandb")
+
+
+class RunFolder:
+    """``recipe.yaml plan.txt model/ logs/ metrics.jsonl checkpoint-N/ latest export/ result.json``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def model_files(self) -> Path:
+        """config.json and tokenizer, as the export will have them."""
+        return self.path / "model"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    def log_file(self, rank: int) -> Path:
+        return self.path / "logs" / f"rank{rank}.log"
+
+    def prepare(self, recipe: Recipe, *, resuming: bool) -> None:
+        """Make the folder on the coordinating rank; an earlier run there is moved aside, not lost."""
+        if not resuming and self.recipe.exists():
+            aside = self._free_name()
+            self.path.rename(aside)
+            log.warning("%s held an earlier run; it is kept as %s.", self.path, aside)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.recipe, recipe.to_yaml())
+
+    def _free_name(self) -> Path:
+        number = 1
+        while (name := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        return name
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        write_text(self.result, json.dumps(dict(result), indent=2) + "\n")
+
+
+def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunFolder, Recipe]:
+    """A finished or interrupted run and the recipe it was run with.
+
+    Raises:
+        RecipeError: ``path`` is no run folder.
+    """
+    run = RunFolder(Path(path))
+    if not run.recipe.is_file():
+        raise RecipeError(
+            f"{path} is not a run folder (it has no recipe.yaml). `scpl-ds train RECIPE` makes one; "
+            "name it as train.output_dir says, runs/<recipe> by default."
+        )
+    return run, load_recipe(run.recipe, [f"train.output_dir={run.path}", *(overrides or [])])
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what determines the numbers, and the git commit of the working folder."""
+    found = {}
+    for name in ("scpl-ds", *_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        found["git_commit"] = commit.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found

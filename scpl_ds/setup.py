@@ -1,0 +1,270 @@
+"""Everything that has to be known and checked before the first step of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from scpl_ds.build import build_engine
+from scpl_ds.data._base import DataOptions, check_labels
+from scpl_ds.data.demo import resolve_model_path
+from scpl_ds.data.loader import BatchLoader
+from scpl_ds.data.text import Collator, TokenizedDataset, load_tokenizer, tokenize
+from scpl_ds.distributed.collectives import broadcast_object, gather_objects
+from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
+from scpl_ds.engine import Engine
+from scpl_ds.errors import DataError, RecipeError, ScplError
+from scpl_ds.optim import lr_schedule
+from scpl_ds.partition.anatomy import Anatomy, anatomy_of
+from scpl_ds.partition.config import load_config
+from scpl_ds.partition.loading import load_stage
+from scpl_ds.partition.plan import PartitionPlan, make_plan
+from scpl_ds.recipe import Recipe, check_world
+from scpl_ds.stage import as_body
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class OtherRankFailed(ScplError):
+    """Another rank found the problem and says so itself; this one only stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What every rank must know about data that only first-stage ranks read."""
+
+    num_labels: int
+    label_names: tuple[str, ...]
+    pad_token_id: int
+    num_train: int
+    num_eval: int
+    majority_accuracy: float | None
+    """Accuracy of always answering the most frequent label of the evaluation split."""
+
+
+@dataclasses.dataclass
+class Data:
+    """Tokenised splits on first-stage ranks; only their sizes elsewhere."""
+
+    facts: Facts
+    tokenizer: Any
+    train: TokenizedDataset | range
+    eval: TokenizedDataset | range
+
+
+@dataclasses.dataclass
+class Model:
+    """The cut model: config, anatomy, plan."""
+
+    path: str
+    config: Any
+    anatomy: Anatomy
+    plan: PartitionPlan
+
+
+def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
+    """The process groups of this run, on the launcher's ranks or on this process alone.
+
+    Raises:
+        RecipeError: The number of ranks does not fit the recipe.
+    """
+    env = RankEnv.from_environ()
+    pipeline_ranks, dp_size = check_world(recipe, env.world_size)
+    recipe.deepspeed.batch(dp_size)  # refuses batch sizes that do not fit
+    set_cpu_threads(env)
+    device = pick_device(env)
+    init_world(env, device, timeout_s=recipe.scpl.timeout_s)
+    return Mesh(pipeline_ranks, dp_size, device.type, timeout_s=recipe.scpl.timeout_s), device
+
+
+def together(mesh: Mesh, work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; if it fails anywhere, all stop, and the failing ranks say why.
+
+    Without it one rank would refuse its data while the others wait for it until the timeout.
+    """
+    error: ScplError | None = None
+    result: Any = None
+    try:
+        result = work()
+    except ScplError as found:
+        error = found
+    failed = [r for r, bad in enumerate(gather_objects(mesh, error is not None)) if bad]
+    if error is not None and failed[0] == mesh.rank:
+        raise error
+    if failed:
+        raise OtherRankFailed(f"rank {failed[0]} found the problem.")
+    return result
+
+
+def load_data(recipe: Recipe, mesh: Mesh | None) -> Data:
+    """Load, check and tokenise on first-stage ranks, and tell the others what they must know.
+
+    Args:
+        recipe: Says which data and tokenizer.
+        mesh: None in a single process that is not part of a run (evaluation of an export).
+    """
+    if recipe.model.task != "sequence-classification":
+        raise RecipeError(
+            f"model.task: '{recipe.model.task}' can be cut and planned, but not trained by a recipe "
+            "yet: the local objectives need one class label per sample. Use sequence-classification."
+        )
+    if mesh is None:
+        return _read(recipe)
+    data = together(mesh, lambda: _read(recipe) if mesh.pp_rank == 0 else None)
+    facts = broadcast_object(mesh, data.facts if data is not None else None)
+    if data is None:
+        return Data(facts, None, range(facts.num_train), range(facts.num_eval))
+    return data
+
+
+def _read(recipe: Recipe) -> Data:
+    model, options = recipe.model, _options(recipe)
+    path = resolve_model_path(model.name_or_path)
+    splits = recipe.data.create().load()
+    num_labels = check_labels(splits, model.num_labels)
+    tokenizer = load_tokenizer(
+        model.tokenizer_name_or_path or model.name_or_path,
+        pad_token=options.pad_token,
+        revision=model.revision,
+    )
+    config = load_config(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def ids(split: Any) -> TokenizedDataset | range:
+        if split is None:
+            return range(0)
+        return tokenize(
+            split,
+            tokenizer,
+            max_length=options.max_length,
+            max_positions=positions,
+            vocab_size=config.get_text_config().vocab_size,
+            input_names=_input_names(config, model.task),
+        )
+
+    train, held_out = ids(splits.train), ids(splits.eval)
+    if not isinstance(train, TokenizedDataset):
+        raise DataError(f"data: '{recipe.data.name}' has no training split.")
+    majority = None
+    if isinstance(held_out, TokenizedDataset):
+        majority = float(np.bincount(held_out.labels).max() / len(held_out))
+    facts = Facts(
+        num_labels, tuple(splits.label_names), int(tokenizer.pad_token_id), len(train),
+        len(held_out), majority,
+    )  # fmt: skip
+    return Data(facts, tokenizer, train, held_out)
+
+
+def _options(recipe: Recipe) -> DataOptions:
+    options = recipe.data.options
+    if not isinstance(options, DataOptions):
+        raise RecipeError(
+            f"data.name: the Options of '{recipe.data.name}' must derive from "
+            "scpl_ds.data._base.DataOptions (max_length, pad_token ...)."
+        )
+    return options
+
+
+def _input_names(config: Any, task: str) -> tuple[str, ...]:
+    return anatomy_of(config, task).forward_keys
+
+
+def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
+    """Config, anatomy and plan of the recipe's model; reads no weights and needs no process group.
+
+    Raises:
+        PartitionError: The model cannot be cut as asked.
+    """
+    model = recipe.model
+    path = resolve_model_path(model.name_or_path)
+    config = load_config(
+        path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        num_labels=facts.num_labels if facts else model.num_labels,
+        label_names=facts.label_names if facts else (),
+        pad_token_id=facts.pad_token_id if facts else None,
+    )
+    anatomy = anatomy_of(config, model.task, attn_implementation=model.attn_implementation)
+    head = recipe.scpl.objective.create(
+        hidden_size=anatomy.hidden_size, num_labels=config.num_labels
+    )
+    cost = head.flops(1, anatomy.sequence_length)
+    plan = make_plan(anatomy, recipe.scpl.stages, recipe.scpl.partition, head_flops=cost)
+    return Model(path, config, anatomy, plan)
+
+
+def make_engine(
+    recipe: Recipe, model: Model, mesh: Mesh, device: torch.device, *, total_steps: int
+) -> Engine:
+    """Load this rank's stages and build the engine over them."""
+    section, seed = recipe.deepspeed, recipe.train.seed
+    extra = {}
+    if recipe.model.attn_implementation is not None:
+        extra["attn_implementation"] = recipe.model.attn_implementation
+    if recipe.model.revision is not None:
+        extra["revision"] = recipe.model.revision
+    factor = lr_schedule(section, recipe.train, total_steps)
+    return build_engine(
+        model.plan,
+        lambda k: as_body(
+            load_stage(
+                model.path,
+                recipe.model.task,
+                model.anatomy,
+                *model.plan.span(k),
+                config=model.config,
+                dtype=torch.float32,
+                seed=seed,
+                **extra,
+            )
+        ),
+        recipe.scpl,
+        section,
+        mesh,
+        device,
+        num_labels=model.config.num_labels,
+        seed=seed,
+        lr_at=lambda step: section.lr * factor(step),
+    )
+
+
+def make_loaders(recipe: Recipe, data: Data, mesh: Mesh) -> tuple[BatchLoader, BatchLoader | None]:
+    """Training and evaluation loaders. On ranks that read no data they only count."""
+    collate: Any = _no_batch
+    if data.tokenizer is not None:
+        multiple = _options(recipe).pad_to_multiple_of
+        collate = Collator(data.tokenizer, pad_to_multiple_of=multiple)
+    sizes = recipe.deepspeed.batch(mesh.dp_size)
+    common: dict[str, Any] = {
+        "dp_rank": mesh.dp_rank,
+        "dp_size": mesh.dp_size,
+        "seed": recipe.train.seed,
+        "collate": collate,
+        "num_workers": recipe.train.dataloader_num_workers,
+    }
+    train = BatchLoader(
+        data.train,
+        micro_batch_size=sizes.micro_batch,
+        shuffle=True,
+        drop_last=True,
+        global_batch_size=sizes.global_batch,
+        **common,
+    )
+    if data.facts.num_eval == 0:
+        return train, None
+    held_out = BatchLoader(
+        data.eval, micro_batch_size=recipe.eval_batch_size, shuffle=False, drop_last=False, **common
+    )
+    return train, held_out
+
+
+def _no_batch(samples: list[Any]) -> Any:
+    raise AssertionError("only first-stage ranks read data")

@@ -1,0 +1,235 @@
+"""A stage: a slice of the model, the objective it learns from, and the backend that shards it."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from scpl_ds.batch import MicroBatch
+from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.ds_config import DeepSpeedSection
+from scpl_ds.errors import DataError
+from scpl_ds.objectives._base import Objective
+from scpl_ds.partition.stage_module import StageOutput
+from scpl_ds.sharding._base import OptimizerState, StageBackend
+
+DetachFeatures = bool | Literal["both"]
+HEADS = "scpl_heads"
+
+
+class StageBody(Protocol):
+    """The slice of a model that a stage runs: ``StageModule`` (Hugging Face) or ``LayerListStage``."""
+
+    start: int
+    end: int
+    is_first: bool
+    is_last: bool
+    hidden_size: int | None
+
+    def __call__(
+        self,
+        inputs: dict[str, Tensor],
+        hidden_states: Tensor | None,
+        *,
+        detach_features: bool = False,
+    ) -> StageOutput: ...
+
+
+class LocalStage(nn.Module):
+    """A stage as any sharding library sees it: an ordinary module whose forward returns its loss.
+
+    Nothing that enters carries a gradient and nothing that leaves does, so no gradient can cross a
+    boundary. On the last stage ``detach_features`` says what the layers learn from:
+
+    - ``True`` (the paper): the local objective; the task head reads detached features.
+    - ``False``: the task loss, through head and layers; no local objective.
+    - ``"both"``: the sum of the two.
+    """
+
+    def __init__(
+        self, body: StageBody, objective: Objective | None, *, detach_features: DetachFeatures
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.objective = objective
+        self.detach_features = detach_features
+
+    def forward(
+        self, inputs: dict[str, Tensor], hidden_states: Tensor | None = None
+    ) -> dict[str, Any]:
+        """One micro-batch.
+
+        Returns:
+            ``loss`` (scalar, or None where there are no labels), ``hidden_states`` (detached),
+            ``logits`` (last stage, detached, else None) and ``metrics`` (detached scalars).
+        """
+        hidden = None if hidden_states is None else hidden_states.detach()
+        output = self.body(inputs, hidden, detach_features=self.detach_features is True)
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        labels = inputs.get("labels")
+        if self.objective is not None and labels is not None and self.training:
+            local = self.objective(
+                output.hidden_states, attention_mask=inputs.get("attention_mask"), labels=labels
+            )
+            losses.append(local.loss)
+            metrics |= {"loss": local.loss.detach(), **local.metrics}
+        if output.loss is not None:
+            losses.append(output.loss)
+            metrics.setdefault("loss", output.loss.detach())
+            metrics["head_loss"] = output.loss.detach()
+        return {
+            "loss": torch.stack([loss.float() for loss in losses]).sum() if losses else None,
+            "hidden_states": output.hidden_states.detach(),
+            "logits": None if output.logits is None else output.logits.detach(),
+            "metrics": metrics,
+        }
+
+    def checkpoint_names(self) -> dict[str, str]:
+        """This module's tensor names -> names in a checkpoint.
+
+        The model's tensors keep Hugging Face's names; a local head is named by the layer it sits
+        on, so that a checkpoint cut differently keeps the heads whose boundary stays.
+        """
+        head = f"{HEADS}.layer_{self.body.end - 1}."
+        names = {}
+        for name in self.state_dict():
+            room, _, rest = name.partition(".")
+            names[name] = head + rest if room == "objective" else rest.removeprefix("model.")
+        return names
+
+
+class Stage:
+    """One stage of one rank: its module, its backend, its random numbers, its running totals."""
+
+    def __init__(self, index: int, module: LocalStage, backend: StageBackend, seed: int) -> None:
+        self.index, self.module, self.backend = index, module, backend
+        self._seed = seed
+        self._loss: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self.metrics: dict[str, Tensor] = {}
+        """Means over the micro-batches of the last finished step, 0-dim, on the stage's device."""
+        self.logits: Tensor | None = None
+        """Of the last forward; on the last stage only."""
+
+    def forward(self, batch: MicroBatch) -> MicroBatch:
+        """Train-mode forward; keeps the local loss for ``backward``, returns what the next stage gets.
+
+        Dropout is drawn from a seed made of (seed, step, micro-batch, first layer, dp rank), not
+        from a running state: the same numbers whatever else runs in this process or before it.
+        """
+        device = self.backend.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed_for(batch))
+            output = self._run(batch)
+        if output["loss"] is None:
+            raise DataError(
+                f"stage {self.index} found no 'labels' in micro-batch {batch.tag.micro_batch} of step "
+                f"{batch.tag.step}; it holds {sorted(batch.inputs)}. Local objectives need labels."
+            )
+        self._loss = output["loss"]
+        for name, value in output["metrics"].items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._count += 1
+        return batch.with_hidden_states(output["hidden_states"])
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
+        """Eval-mode forward; returns what the next stage gets, and the task loss (last stage)."""
+        self.module.eval()
+        try:
+            output = self._run(batch)
+        finally:
+            self.module.train()
+        self.logits = output["logits"]
+        return batch.with_hidden_states(output["hidden_states"]), output["loss"]
+
+    def backward(self, lr: float | None) -> None:
+        """Local backward of the last forward; with a learning rate also the optimizer step."""
+        assert self._loss is not None, "backward before forward"
+        self.backend.backward(self._loss)
+        self._loss = None
+        norm = self.backend.end_micro_batch(lr)
+        if lr is None:
+            return
+        self.metrics = {name: total / self._count for name, total in self._sums.items()}
+        if norm is not None:
+            self.metrics["grad_norm"] = norm.detach()
+        self._sums, self._count = {}, 0
+
+    def _run(self, batch: MicroBatch) -> dict[str, Any]:
+        return self.backend.forward(inputs=batch.inputs, hidden_states=batch.hidden_states)
+
+    def _seed_for(self, batch: MicroBatch) -> int:
+        first_layer, dp_rank = self.module.body.start, self.backend.mesh.dp_rank
+        numbers = (self._seed, batch.tag.step, batch.tag.micro_batch, first_layer, dp_rank)
+        digest = hashlib.blake2b(struct.pack("<5q", *numbers), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    # -- state, by checkpoint name ---------------------------------------------------------
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """Whole tensors of this stage under their checkpoint names (a collective of the stage)."""
+        return _rename(self.backend.parameters_by_name(), self.module.checkpoint_names())
+
+    def optimizer_state(self) -> OptimizerState:
+        """Whole optimizer state under checkpoint names (a collective of the stage)."""
+        return _rename_state(self.backend.optimizer_state(), self.module.checkpoint_names())
+
+    def load(self, tensors: Mapping[str, Tensor], state: OptimizerState | None) -> None:
+        """Put back tensors and optimizer state given under checkpoint names; absent ones stay."""
+        own = {theirs: ours for ours, theirs in self.module.checkpoint_names().items()}
+        self.backend.load_parameters(_rename({n: t for n, t in tensors.items() if n in own}, own))
+        if state is not None:
+            self.backend.load_optimizer_state(_rename_state(state, own))
+
+
+def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {names[name]: tensor for name, tensor in tensors.items() if name in names}
+
+
+def _rename_state(state: OptimizerState, names: Mapping[str, str]) -> OptimizerState:
+    return OptimizerState(
+        state.step, {key: _rename(by_name, names) for key, by_name in state.moments.items()}
+    )
+
+
+def build_stage(
+    index: int,
+    body: StageBody,
+    *,
+    make_objective: Callable[[int | None], Objective],
+    detach_features: DetachFeatures,
+    make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    backend: type[StageBackend],
+    section: DeepSpeedSection,
+    mesh: Mesh,
+    device: torch.device,
+    seed: int,
+) -> Stage:
+    """Put a stage together on ``device``.
+
+    The local head is drawn from (seed, last layer of the stage) alone, so it does not depend on how
+    many stages this process builds.
+    """
+    objective = None
+    if not body.is_last or detach_features is not False:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((seed * 1_000_003 + body.end) % 2**63)
+            objective = make_objective(body.hidden_size)
+    module = LocalStage(body, objective, detach_features=detach_features).to(device)
+    module.train()
+    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    optimizer = make_optimizer(trainable)
+    return Stage(index, module, backend(module, optimizer, section, mesh, device), seed)
+
+
+def as_body(module: nn.Module) -> StageBody:
+    """Say to the type checker what ``StageModule`` and ``LayerListStage`` both are."""
+    return cast(StageBody, module)

@@ -1,0 +1,161 @@
+"""Where the numbers of a run go: one small class per place, and a set that outlives any of them."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from scpl_ds import registry
+
+log = logging.getLogger(__name__)
+
+_SECRET_KEY = re.compile(
+    r"api_?key|passw|secret|credential|private_?key|^(use_)?(hf|hub|auth|access|bearer)?_?token$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/@\s]+:[^/@\s]+@"
+)
+
+
+class TrackerOptions(BaseModel):
+    """Base of the options of a tracker: an entry of the recipe's ``trackers`` without ``name``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Tracker(abc.ABC):
+    """One place where the numbers of a run go. Lives on one rank only.
+
+    A tracker may raise anything anywhere: ``TrackerSet`` reports it once and goes on without it. It
+    must not wait: what it talks to may be slow or gone.
+
+    Args:
+        options: An instance of this class's ``Options``.
+        run_dir: The run folder; exists.
+        resume: The run continues what is in ``run_dir``.
+    """
+
+    Options: ClassVar[type[BaseModel]] = TrackerOptions
+
+    def __init__(self, options: BaseModel, *, run_dir: Path, resume: bool) -> None:
+        self.run_dir = Path(run_dir)
+        self.resume = resume
+
+    @abc.abstractmethod
+    def start(
+        self,
+        config: Mapping[str, Any],
+        *,
+        total_steps: int | None = None,
+        resumed_step: int | None = None,
+    ) -> None:
+        """Open. Called once, before the first step.
+
+        Args:
+            config: Everything that describes the run; plain JSON values without secrets.
+            total_steps: Optimizer steps the whole run will have, if known.
+            resumed_step: Optimizer steps done by the checkpoint the run goes on from, if any.
+        """
+
+    @abc.abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write the metrics of one optimizer step; ``step`` never goes down within a run."""
+
+    def tick(self, step: int) -> None:  # noqa: B027 - most trackers have nothing to show in between
+        """Optimizer step ``step`` is done; called every step, so it must cost next to nothing."""
+
+    def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:  # noqa: B027
+        """Close. ``summary``: the final results; a non-zero ``exit_code``: the run failed."""
+
+
+class TrackerSet:
+    """All trackers of a run. Never raises: a tracker that fails is reported once and left out.
+
+    Secrets (keys that read like ``api_key``, ``token``, ``password``; values that read like a
+    Hugging Face token or ``https://user:password@``) are replaced before any tracker sees them.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    @classmethod
+    def build(
+        cls, sections: Sequence[Mapping[str, Any]], *, run_dir: Path, resume: bool
+    ) -> TrackerSet:
+        """The trackers of a recipe, ``[{name: ..., options...}]``; ``jsonl`` is always among them.
+
+        Raises:
+            RecipeError: A name is unknown.
+            pydantic.ValidationError: An option is unknown or has a value it cannot have.
+        """
+        names = [section["name"] for section in sections]
+        if "jsonl" not in names:
+            sections = [*sections, {"name": "jsonl"}]
+        trackers: list[Tracker] = []
+        for index, section in enumerate(sections):
+            tracker = registry.resolve("tracker", section["name"], where=f"trackers[{index}].name")
+            options = {key: value for key, value in section.items() if key != "name"}
+            trackers.append(
+                tracker(tracker.Options.model_validate(options), run_dir=run_dir, resume=resume)
+            )
+        return cls(trackers)
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        *,
+        total_steps: int | None = None,
+        resumed_step: int | None = None,
+    ) -> None:
+        clean = redact(config)
+        self._each(
+            "start",
+            lambda t: t.start(clean, total_steps=total_steps, resumed_step=resumed_step),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._each("log", lambda t: t.log(metrics, step))
+
+    def tick(self, step: int) -> None:
+        self._each("tick", lambda t: t.tick(step))
+
+    def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
+        """Close all of them; a second call does nothing."""
+        clean = redact(summary)
+        self._each("finish", lambda t: t.finish(clean, exit_code=exit_code))
+        self._trackers = []
+
+    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                log.warning(
+                    "tracker %s failed in %s and is left out; the training goes on. %s: %s",
+                    type(tracker).__name__,
+                    what,
+                    type(error).__name__,
+                    error,
+                )
+                log.debug("traceback of the tracker", exc_info=True)
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """``value`` as plain JSON values, with secrets replaced by ``"<redacted>"``."""
+    if key and _SECRET_KEY.search(key) and isinstance(value, str) and value:
+        return "<redacted>"
+    if isinstance(value, Mapping):
+        return {str(k): redact(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact(v, key) for v in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _SECRET_VALUE.sub("<redacted>", str(value))

@@ -1,0 +1,331 @@
+"""``fit(recipe)``: build, loop, evaluate, save, resume, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scpl_ds import checkpoint, export
+from scpl_ds.data.loader import BatchLoader
+from scpl_ds.distributed.collectives import MetricsMailbox, barrier, broadcast_object
+from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.engine import Engine
+from scpl_ds.errors import CheckpointError
+from scpl_ds.evaluation import evaluate, score_model
+from scpl_ds.meter import Meter, peak_memory_gib
+from scpl_ds.partition.plan import render_plan
+from scpl_ds.recipe import Recipe
+from scpl_ds.run_folder import RunFolder, versions
+from scpl_ds.schedules import render, simulate, stream
+from scpl_ds.setup import (
+    Data,
+    Model,
+    cut_model,
+    load_data,
+    make_engine,
+    make_loaders,
+    start_world,
+    together,
+)
+from scpl_ds.trackers._base import TrackerSet
+
+log = logging.getLogger(__name__)
+
+
+def fit(recipe: Recipe, *, on_ready: Callable[[RunFolder], None] | None = None) -> dict[str, Any]:
+    """Train a recipe to its end and return its result (what ``result.json`` holds).
+
+    Runs on the launcher's ranks, or on this process alone. Every rank gets the same result.
+
+    Args:
+        recipe: From ``load_recipe``.
+        on_ready: Called once the run folder exists, before the first step.
+
+    Raises:
+        ScplError: Whatever is wrong with recipe, model or data, before the first step.
+    """
+    mesh, device = start_world(recipe)
+    return Run(recipe, mesh, device, on_ready=on_ready).fit()
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands and where it will end."""
+
+    total_steps: int
+    steps_per_epoch: int
+    done: int = 0
+
+    def epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def due(self, strategy: str, every: int | None, step: int) -> bool:
+        """Whether ``strategy`` (``no``, ``steps``, ``epoch``) asks for something after ``step``."""
+        if strategy == "steps":
+            return every is not None and step % every == 0
+        return strategy == "epoch" and step % self.steps_per_epoch == 0
+
+
+class Run:
+    """One run of a recipe on this rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        on_ready: Callable[[RunFolder], None] | None = None,
+    ) -> None:
+        self.recipe, self.mesh, self.device = recipe, mesh, device
+        self.folder = RunFolder(recipe.output_dir)
+        self.is_main = mesh.rank == 0
+        resume = together(mesh, self._find_checkpoint)
+        self.data: Data = load_data(recipe, mesh)
+        self.model: Model = together(mesh, lambda: cut_model(recipe, self.data.facts))
+        self.train_loader, self.eval_loader = together(
+            mesh, lambda: make_loaders(recipe, self.data, mesh)
+        )
+        self.progress = self._plan_steps()
+        self.engine: Engine = together(
+            mesh,
+            lambda: make_engine(
+                recipe, self.model, mesh, device, total_steps=self.progress.total_steps
+            ),
+        )
+        if resume is not None:
+            together(mesh, lambda: self._restore(resume))
+        resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()
+        if self.is_main:
+            self.folder.prepare(recipe, resuming=resuming)
+            self._write_model_files()
+        barrier(mesh)
+        if on_ready is not None:
+            on_ready(self.folder)
+        if self.is_main:
+            self._banner()
+        self.trackers = self._make_trackers(resuming=resuming)
+        self.mailbox = MetricsMailbox(mesh)
+        self.meter = Meter(device)
+        self.last_eval: dict[str, float] = {}
+
+    # -- before the first step -------------------------------------------------------------
+
+    def _find_checkpoint(self) -> Path | None:
+        asked = self.recipe.train.resume_from_checkpoint
+        if asked is False:
+            return None
+        return checkpoint.resolve(self.folder.path if asked is True else Path(asked))
+
+    def _plan_steps(self) -> Progress:
+        train = self.recipe.train
+        per_epoch = self.train_loader.num_micro_batches_per_epoch
+        per_epoch //= self.recipe.deepspeed.batch(self.mesh.dp_size).accumulation
+        total = train.max_steps if train.max_steps > 0 else round(per_epoch * train.num_train_epochs)
+        return Progress(max(1, total), per_epoch)
+
+    def _restore(self, folder: Path) -> None:
+        _, state = self.engine.load_checkpoint(folder)
+        if "data" not in state:
+            raise CheckpointError(
+                f"{folder} holds no data position: it was not written by `scpl-ds train`. Load it "
+                "with engine.load_checkpoint, or export it and start from the export."
+            )
+        self.train_loader.restore(state["data"])
+        if state.get("fingerprint") != self.recipe.fingerprint() and self.is_main:
+            log.warning(
+                "The recipe is not the one %s was saved under (%s): the run goes on with the new "
+                "settings from step %d.",
+                folder, state.get("fingerprint", "unknown")[:12], self.engine.global_steps,
+            )  # fmt: skip
+        self.progress = dataclasses.replace(self.progress, done=self.engine.global_steps)
+
+    def _write_model_files(self) -> None:
+        self.folder.model_files.mkdir(exist_ok=True)
+        self.model.config.save_pretrained(self.folder.model_files)
+        self.data.tokenizer.save_pretrained(self.folder.model_files)
+        (self.folder.path / "plan.txt").write_text(self._plan_text() + "\n")
+
+    def _plan_text(self) -> str:
+        m = self.mesh
+        return render_plan(
+            self.model.plan, self.model.anatomy, pipeline_ranks=m.pp_size, data_parallel=m.dp_size
+        )
+
+    def _banner(self) -> None:
+        sizes = self.recipe.deepspeed.batch(self.mesh.dp_size)
+        shown = min(sizes.accumulation, 4)
+        slots = simulate(stream, self.engine.num_stages, max(2, shown))
+        log.info("%s\n", self._plan_text())
+        log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, render(slots))
+        log.info(
+            "global batch %d = micro-batch %d x %d micro-batches x %d dp; %d training and %d "
+            "evaluation samples; %d steps (%.2f epochs); clip %g per stage; run folder %s",
+            sizes.global_batch, sizes.micro_batch, sizes.accumulation, self.mesh.dp_size,
+            self.data.facts.num_train, self.data.facts.num_eval, self.progress.total_steps,
+            self.progress.epoch(self.progress.total_steps),
+            self.recipe.deepspeed.gradient_clipping, self.folder.path,
+        )  # fmt: skip
+
+    def _make_trackers(self, *, resuming: bool) -> TrackerSet:
+        if not self.is_main:
+            return TrackerSet([])
+        sections = [choice.model_dump(mode="json") for choice in self.recipe.trackers]
+        if self.recipe.train.disable_tqdm:
+            for section in sections:
+                if section["name"] == "console":
+                    section["progress"] = False
+        trackers = TrackerSet.build(sections, run_dir=self.folder.path, resume=resuming)
+        config = {
+            "recipe": self.recipe.to_mapping(),
+            "partition": self.model.plan.rows(
+                self.model.anatomy,
+                pipeline_ranks=self.mesh.pp_size,
+                data_parallel=self.mesh.dp_size,
+            ),
+            "ranks": self.mesh.world_size,
+            "device": str(self.device),
+            "versions": versions(),
+            "fingerprint": self.recipe.fingerprint(),
+        }
+        trackers.start(
+            config,
+            total_steps=self.progress.total_steps,
+            resumed_step=self.progress.done if resuming else None,
+        )
+        return trackers
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        try:
+            result = self._fit()
+        except BaseException:
+            self.trackers.finish({}, exit_code=1)
+            raise
+        self.trackers.finish(result)
+        return result
+
+    def _fit(self) -> dict[str, Any]:
+        train, progress = self.recipe.train, self.progress
+        batches = iter(self.train_loader) if self.engine.is_first_stage() else None
+        self.meter.restart()
+        for step in range(progress.done + 1, progress.total_steps + 1):
+            before = (self.engine.samples_seen, self.engine.tokens_seen)
+            self.engine.train_batch(batches)
+            self.meter.update(
+                (self.engine.samples_seen - before[0]) * self.mesh.dp_size,
+                (self.engine.tokens_seen - before[1]) * self.mesh.dp_size,
+            )
+            self.trackers.tick(step)
+            last = step == progress.total_steps
+            if step % train.logging_steps == 0 or last:
+                self._post(step)
+            self._show()
+            if self.eval_loader is not None and (
+                progress.due(train.eval_strategy, train.eval_steps, step)
+                or (last and train.eval_strategy != "no")
+            ):
+                with self.meter.paused():
+                    self._evaluate(step)
+            if progress.due(train.save_strategy, train.save_steps, step) or (
+                last and (train.save_strategy != "no" or train.export)
+            ):
+                with self.meter.paused():
+                    self._save(step)
+        with self.meter.paused():
+            self.engine.drain()
+            barrier(self.mesh)
+            self._show()
+            return self._finish()
+
+    def _post(self, step: int) -> None:
+        values = {name: float(value) for name, value in self.engine.metrics().items()}
+        if self.is_main:
+            values |= self.meter.window()
+            values |= {"lr": self.engine.lr_at(step - 1), "epoch": self.progress.epoch(step)}
+        values["perf/peak_memory_gib"] = peak_memory_gib(self.device)
+        self.mailbox.post(step, values)
+
+    def _show(self) -> None:
+        for step, values in self.mailbox.poll():
+            self.trackers.log(values, step)
+
+    def _evaluate(self, step: int) -> None:
+        assert self.eval_loader is not None
+        self.engine.drain()
+        self.last_eval = evaluate(self.engine, self.eval_loader).metrics()
+        self._show()  # everything up to this step has been posted: keep the step axis monotonic
+        self.trackers.log(self.last_eval, step)
+
+    def _save(self, step: int) -> None:
+        train = self.recipe.train
+        state = {
+            "data": self.train_loader.position,
+            "fingerprint": self.recipe.fingerprint(),
+            "recipe": self.recipe.to_mapping(),
+            "versions": versions(),
+        }
+        self.engine.save_checkpoint(
+            self.folder.path, client_state=state, model_files=self.folder.model_files
+        )
+        if self.is_main:
+            checkpoint.prune(self.folder.path, train.save_total_limit)
+            log.info("saved checkpoint-%d", step)
+
+    # -- after the last step ---------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        totals = self.meter.total()
+        result: dict[str, Any] = {}
+        if self.is_main:
+            exported = None
+            if self.recipe.train.export:
+                exported = self._export()
+            facts = self.data.facts
+            result = {
+                "eval_accuracy": self._exported_accuracy(exported),
+                "majority_accuracy": facts.majority_accuracy,
+                "stage_eval_accuracy": self.last_eval.get("val/accuracy"),
+                "stages": self.engine.num_stages,
+                "ranks": self.mesh.world_size,
+                "steps": self.engine.global_steps,
+                "samples_per_s": totals["perf/samples_per_s"],
+                "tokens_per_s": totals["perf/tokens_per_s"],
+                "train_seconds": self.meter.seconds,
+                "export_dir": None if exported is None else str(exported),
+                "run_dir": str(self.folder.path),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            self.folder.write_result(result)
+        return broadcast_object(self.mesh, result)
+
+    def _export(self) -> Path:
+        latest = checkpoint.resolve(self.folder.path)
+        return export.export_checkpoint(
+            latest, self.recipe.export_dir, task=self.recipe.model.task
+        )
+
+    def _exported_accuracy(self, folder: Path | None) -> float | None:
+        """Of the export, loaded as anybody would and scored on all evaluation data."""
+        if folder is None or self.data.facts.num_eval == 0:
+            return self.last_eval.get("val/accuracy")
+        model = export.load_exported(folder, self.recipe.model.task).to(self.device)
+        whole = BatchLoader(
+            self.data.eval,
+            micro_batch_size=self.recipe.eval_batch_size,
+            dp_rank=0,
+            dp_size=1,
+            seed=0,
+            shuffle=False,
+            collate=self.eval_loader.collate if self.eval_loader else self.train_loader.collate,
+            drop_last=False,
+        )
+        return score_model(model, whole).metrics()["val/accuracy"]
+

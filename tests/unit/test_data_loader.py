@@ -1,0 +1,194 @@
+"""The order of samples: every one once, the same for any number of ranks, resumable."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from scpl_ds.data.loader import BatchLoader, epoch_order
+from scpl_ds.errors import DataError
+
+
+def collate(samples: list[int]) -> dict[str, torch.Tensor]:
+    return {"ids": torch.tensor(samples)}
+
+
+def loader(
+    n: int, *, size: int = 2, rank: int = 0, ranks: int = 1, train: bool = True, **options
+) -> BatchLoader:
+    return BatchLoader(
+        range(n),
+        micro_batch_size=size,
+        dp_rank=rank,
+        dp_size=ranks,
+        seed=options.pop("seed", 0),
+        shuffle=options.pop("shuffle", train),
+        collate=collate,
+        drop_last=train,
+        **options,
+    )
+
+
+def take(loaded: BatchLoader, count: int) -> list[list[int]]:
+    return [batch["ids"].tolist() for batch in itertools.islice(iter(loaded), count)]
+
+
+def in_global_order(per_rank: list[list[list[int]]]) -> list[int]:
+    """Samples of all ranks in the order of the run: micro-batch by micro-batch, rank by rank."""
+    return [i for blocks in zip(*per_rank, strict=True) for block in blocks for i in block]
+
+
+@pytest.mark.parametrize(("n", "size", "ranks"), [(24, 2, 1), (24, 2, 3), (24, 4, 2), (7, 1, 7)])
+def test_an_epoch_has_every_sample_exactly_once(n: int, size: int, ranks: int):
+    loaders = [loader(n, size=size, rank=rank, ranks=ranks) for rank in range(ranks)]
+    per_epoch = loaders[0].num_micro_batches_per_epoch
+    assert per_epoch * size * ranks == n
+    runs = [take(each, 2 * per_epoch) for each in loaders]
+    for epoch in range(2):
+        span = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        assert sorted(in_global_order([run[span] for run in runs])) == list(range(n))
+
+
+def test_a_training_epoch_leaves_out_less_than_one_block_and_never_repeats():
+    for n, size, ranks in itertools.product(range(8, 30), (1, 2, 3), (1, 2)):
+        if n < size * ranks:
+            continue
+        loaders = [loader(n, size=size, rank=r, ranks=ranks) for r in range(ranks)]
+        seen = in_global_order([take(x, x.num_micro_batches_per_epoch) for x in loaders])
+        assert len(set(seen)) == len(seen) > n - size * ranks
+
+
+def test_the_order_does_not_depend_on_the_number_of_ranks():
+    alone = in_global_order([take(loader(24, size=2), 24)])
+    shared = in_global_order([take(loader(24, size=2, rank=r, ranks=3), 8) for r in range(3)])
+    assert shared == alone
+
+
+def test_global_batch_size_makes_epochs_equal_for_any_number_of_ranks():
+    """22 samples in steps of 8: without it, 1 rank would use 22 of them and 2 ranks 20."""
+    alone = in_global_order([take(loader(22, global_batch_size=8), 24)])
+    ranks = [loader(22, rank=r, ranks=2, global_batch_size=8) for r in range(2)]
+    assert [x.num_micro_batches_per_epoch for x in ranks] == [4, 4]
+    assert in_global_order([take(x, 12) for x in ranks]) == alone
+
+
+def test_each_epoch_and_each_seed_has_its_own_order():
+    orders = [
+        tuple(epoch_order(50, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)
+    ]
+    assert len(set(orders)) == 16
+
+
+def test_without_shuffle_training_runs_in_the_order_of_the_data():
+    assert take(loader(5, shuffle=False), 4) == [[0, 1], [2, 3], [0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_restores_in_mid_epoch_give_the_uninterrupted_order(workers: int):
+    whole = take(loader(23, size=3), 30)
+    position, parts = None, []
+    for count in (4, 9, 17):
+        part = loader(23, size=3, num_workers=workers)
+        if position is not None:
+            part.restore(position)
+        parts += take(part, count)
+        position = part.position
+    assert parts == whole
+
+
+def test_a_restore_with_more_ranks_continues_the_same_order():
+    whole = in_global_order([take(loader(40), 40)])
+    first = loader(40)
+    before = take(first, 6)
+    resumed = [loader(40, rank=rank, ranks=2) for rank in range(2)]
+    for each in resumed:
+        each.restore(first.position)
+    after = in_global_order([take(each, 17) for each in resumed])
+    assert in_global_order([before]) + after == whole
+
+
+def test_position_counts_what_was_handed_out_not_what_workers_prepared():
+    train = loader(40, num_workers=1)
+    iterator = iter(train)
+    for _ in range(3):
+        next(iterator)
+    assert train.position == {"epoch": 0, "consumed": 6, "num_samples": 40, "seed": 0}
+
+
+def test_an_iterator_from_before_a_restore_refuses_to_go_on():
+    train = loader(10)
+    iterator = iter(train)
+    next(iterator)
+    train.restore({"epoch": 0, "consumed": 0, "num_samples": 10, "seed": 0})
+    with pytest.raises(RuntimeError, match=r"Call iter\(\) again"):
+        next(iterator)
+
+
+def test_a_new_iterator_goes_on_where_the_last_one_stopped():
+    train = loader(24)
+    assert take(train, 3) + take(train, 3) == take(loader(24), 6)
+
+
+def test_evaluation_gives_every_sample_once_in_order_over_the_ranks():
+    for n, size, ranks in itertools.product(range(1, 20), (1, 2, 3, 8), (1, 2, 3, 4)):
+        shards = [
+            [i for batch in loader(n, size=size, rank=r, ranks=ranks, train=False)
+             for i in batch["ids"].tolist()]
+            for r in range(ranks)
+        ]  # fmt: skip
+        assert list(itertools.chain(*shards)) == list(range(n))
+
+
+def test_evaluation_ranks_get_equally_many_micro_batches_of_at_most_the_size():
+    for n, size, ranks in itertools.product(range(4, 40), (2, 3, 8), (1, 2, 3, 4)):
+        loaders = [loader(n, size=size, rank=r, ranks=ranks, train=False) for r in range(ranks)]
+        batches = [[b["ids"].tolist() for b in x] for x in loaders]
+        counts = {len(b) for b in batches}
+        assert counts == {loaders[0].num_micro_batches_per_epoch} and len(counts) == 1
+        assert all(1 <= len(chunk) <= size for b in batches for chunk in b)
+
+
+def test_evaluation_can_be_run_again_from_the_start():
+    held_out = loader(5, train=False)
+    assert take(held_out, 9) == take(held_out, 9) == [[0, 1], [2, 3], [4]]
+
+
+def test_data_smaller_than_one_global_batch_is_refused_with_the_numbers():
+    with pytest.raises(DataError, match=r"7 training samples .* 8 = 4 per micro-batch x 2"):
+        loader(7, size=4, ranks=2)
+    with pytest.raises(
+        DataError, match=r"7 training samples .* 12 = 2 .* x 1 .* x 6 micro-batches"
+    ):
+        loader(7, size=2, global_batch_size=12)
+
+
+def test_a_position_of_other_data_or_another_seed_is_refused():
+    position = loader(10).position
+    with pytest.raises(DataError, match="num_samples 10, this run's 12"):
+        loader(12).restore(position)
+    with pytest.raises(DataError, match="seed 0, this run's 1"):
+        loader(10, seed=1).restore(position)
+    with pytest.raises(DataError, match="damaged: epoch 0, consumed 11 of 10"):
+        loader(10).restore({**position, "consumed": 11})
+
+
+def test_an_empty_data_set_or_a_stream_is_refused():
+    with pytest.raises(DataError, match="empty"):
+        loader(0, train=False)
+    with pytest.raises(DataError, match=r"must have a length .* got generator"):
+        BatchLoader(
+            (i for i in range(9)),  # pyright: ignore
+            micro_batch_size=1, dp_rank=0, dp_size=1, seed=0, shuffle=True, collate=collate,
+            drop_last=True,
+        )  # fmt: skip
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="0 <= dp_rank < dp_size"):
+        loader(10, rank=2, ranks=2)
+    with pytest.raises(ValueError, match="not a multiple"):
+        loader(10, size=3, global_batch_size=8)
+    with pytest.raises(ValueError, match="shuffle needs drop_last"):
+        loader(10, train=False, shuffle=True)
