@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from scpl_ds import registry
 from scpl_ds.data.loader import BatchLoader
@@ -30,7 +29,7 @@ from scpl_ds.partition.layer_list import (
     plan_layers,
 )
 from scpl_ds.partition.plan import PartitionPlan, make_plan, stages_of_rank
-from scpl_ds.partition.stage_module import stage_from_model
+from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
 from scpl_ds.recipe import ScplSection, TrainSection, check_world, recipe_from_ds_config
 from scpl_ds.stage import StageBody, as_body, build_stage
 

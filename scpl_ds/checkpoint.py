@@ -15,11 +15,12 @@ leaves the previous one whole. Nothing in it is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scpl_ds.errors import CheckpointError
-from scpl_ds.sharding._base import OptimizerState
+from scpl_ds.optim import OptimizerState
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -136,9 +137,12 @@ class Reader:
                 f"or it is something else.{_others(folder)}"
             )
         try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:  # not JSON, or not even text
             raise CheckpointError(f"{path} is damaged: {error}.{_others(folder)}") from None
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{path} is damaged: it holds no mapping.{_others(folder)}")
+        self.manifest: dict[str, Any] = manifest
         if self.manifest.get("format") != FORMAT:
             raise CheckpointError(
                 f"{folder} has checkpoint format {self.manifest.get('format')!r}; this version of "
@@ -206,27 +210,50 @@ class Reader:
         return OptimizerState(max((self._steps(f) for f in files), default=0), moments)
 
     def _steps(self, file: str) -> int:
-        with safe_open(self.folder / file, "pt") as opened:
+        with _opened(self.folder / file) as opened:
             return int((opened.metadata() or {}).get("step", 0))
 
 
 def resolve(folder: Path, tag: str | None = None) -> Path:
     """The checkpoint meant by a folder: itself, its ``tag``, or the one its ``latest`` names.
 
+    Where ``latest`` names none that is complete, it is the complete one of the highest step, and a
+    warning says so.
+
     Raises:
         CheckpointError: There is none.
     """
     if tag is not None:
-        return folder / tag
-    if (folder / MANIFEST).is_file():
+        folder = folder / tag
+    if not folder.exists():
+        raise CheckpointError(
+            f"There is no checkpoint {folder}: no such folder.{_others(folder)}"
+        )
+    if tag is not None or _is_checkpoint(folder):
         return folder
-    latest = folder / LATEST
-    if latest.is_file() and (folder / latest.read_text().strip() / MANIFEST).is_file():
-        return folder / latest.read_text().strip()
+    named = _latest(folder)
+    if named is not None and (named / MANIFEST).is_file():
+        return named
     complete = completed(folder)
-    if complete:
-        return complete[-1]
-    raise CheckpointError(f"No checkpoint in {folder}: it has no complete checkpoint-N folder.")
+    if not complete:
+        raise CheckpointError(
+            f"No checkpoint in {folder}: it has no complete checkpoint-N folder. Name the run "
+            "folder or a checkpoint in it; to train from the start, leave out "
+            "train.resume_from_checkpoint."
+        )
+    if named is not None:
+        log.warning("%s is missing or incomplete; %s is the last complete one.", named, complete[-1])
+    return complete[-1]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint, complete or not, rather than a run with several."""
+    return (folder / MANIFEST).is_file() or any(folder.glob("stage-*.safetensors"))
+
+
+def _latest(folder: Path) -> Path | None:
+    file = folder / LATEST
+    return folder / file.read_text().strip() if file.is_file() else None
 
 
 def completed(folder: Path) -> list[Path]:
@@ -240,10 +267,16 @@ def completed(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Remove the oldest complete checkpoints beyond ``keep``; never the one ``latest`` names."""
+    """Remove the oldest complete checkpoints beyond ``keep``; never the one ``latest`` names.
+
+    A run that went back to an early checkpoint has a latest that is not of the highest step.
+    """
     if keep is None:
         return
-    for path in completed(folder)[:-keep]:
+    named = _latest(folder)
+    others = [path for path in completed(folder) if path != named]
+    spared = keep if named is None else keep - 1
+    for path in others[: max(0, len(others) - spared)]:
         shutil.rmtree(path)
 
 
@@ -271,12 +304,20 @@ def _read(folder: Path, places: Mapping[str, tuple[str, str]]) -> dict[str, Tens
         by_file.setdefault(file, []).append((name, key))
     result: dict[str, Tensor] = {}
     for file, entries in by_file.items():
-        try:
-            with safe_open(folder / file, "pt") as opened:
-                result |= {name: opened.get_tensor(key) for name, key in entries}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / file} cannot be read: {error}.") from error
+        with _opened(folder / file) as opened:
+            result |= {name: opened.get_tensor(key) for name, key in entries}
     return result
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. The checkpoint is damaged.{_others(path.parent)}"
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

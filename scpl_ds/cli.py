@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scpl_ds import __version__
-from scpl_ds.errors import BoundaryError, ScplError
+from scpl_ds.errors import BoundaryError, OtherRankFailed, ScplError
 
 if TYPE_CHECKING:
     from scpl_ds.run_folder import RunFolder
@@ -37,12 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [word for word in extra if "=" not in word or word.startswith("-")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}; overrides are {_OVERRIDES}")
+    if extra and not hasattr(args, "overrides"):
+        parser.error(f"{extra[0]!r}: this command takes no overrides")
     args.overrides = [*getattr(args, "overrides", []), *extra]
     _log_to_console()
     try:
         return args.run(args)
     except ScplError as error:
-        return _report(error)
+        code = _report(error)
+        if code == 2:  # found by all ranks together, so that nobody is left waiting
+            _leave()
+        return code
     except KeyboardInterrupt:
         sys.stderr.write("scpl-ds: interrupted\n")
         return 130
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "Print how a recipe's model is cut; starts no processes, loads no weights.")
     plan.add_argument("recipe", help="YAML or JSON file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
-    plan.add_argument("--ranks", type=int, default=None, help="ranks to place the stages on")
+    plan.add_argument("--ranks", type=_ranks, default=None, help="ranks to place the stages on")
     score = add("eval", _eval, "Score a run's latest checkpoint over its stages.")
     score.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     score.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
@@ -81,14 +86,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _ranks(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
+
+
 # -- commands ------------------------------------------------------------------------------
 
 
 def _train(args: argparse.Namespace) -> int:
     from scpl_ds.recipe import load_recipe
-    from scpl_ds.trainer import fit
 
     recipe = load_recipe(args.recipe, args.overrides)
+    _choose_accelerator()
+    from scpl_ds.trainer import fit
+
     result = fit(recipe, on_ready=_log_to_file)
     if _rank() == 0:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
@@ -100,9 +113,11 @@ def _plan(args: argparse.Namespace) -> int:
     from scpl_ds.partition.plan import render_plan
     from scpl_ds.recipe import check_world, load_recipe
     from scpl_ds.schedules import render, simulate, stream
-    from scpl_ds.setup import cut_model
 
     recipe = load_recipe(args.recipe, args.overrides)
+    _choose_accelerator()
+    from scpl_ds.setup import cut_model
+
     model = cut_model(recipe)
     pipeline_ranks, dp_size = check_world(recipe, args.ranks or recipe.scpl.stages)
     table = render_plan(
@@ -114,9 +129,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    recipe, folder = _open(args.run_dir, args.overrides)
+    _choose_accelerator()
     from scpl_ds.evaluation import evaluate_run
 
-    recipe, folder = _open(args.run_dir, args.overrides)
     scores = evaluate_run(recipe, folder, logits_file=args.logits)
     if _rank() == 0:
         sys.stdout.write(json.dumps({"checkpoint": str(folder), **scores}, indent=2) + "\n")
@@ -125,9 +141,10 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    recipe, folder = _open(args.run_dir, [])
+    _choose_accelerator()
     from scpl_ds.export import export_checkpoint
 
-    recipe, folder = _open(args.run_dir, args.overrides)
     out = export_checkpoint(folder, args.out, task=recipe.model.task)
     sys.stdout.write(f"{out}\n")
     return 0
@@ -155,6 +172,17 @@ def _open(path: str, overrides: list[str]):  # noqa: ANN202 - (Recipe, Path), im
     return recipe, checkpoint.resolve(where)
 
 
+def _choose_accelerator() -> None:
+    """Tell DeepSpeed of a machine without a GPU; unasked it would print on stdout that it looked.
+
+    transformers imports DeepSpeed by itself, so this comes before it.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 # -- words ---------------------------------------------------------------------------------
 
 
@@ -164,20 +192,18 @@ def _rank() -> int:
 
 def _report(error: ScplError) -> int:
     """Say what is wrong in one message and without a traceback; every rank says its own only."""
-    from scpl_ds.setup import OtherRankFailed
-
     log.debug("traceback of the error", exc_info=True)
-    if not isinstance(error, OtherRankFailed) and (_rank() == 0 or not _same_everywhere(error)):
+    # Before there is a world all ranks find the same; rank 0 speaks for them.
+    silent = isinstance(error, OtherRankFailed) or (_rank() > 0 and not _in_a_world())
+    if not silent:
         where = f" [rank {_rank()}]" if _rank() else ""
         sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}\n")
     return 1 if isinstance(error, BoundaryError) else 2
 
 
-def _same_everywhere(error: ScplError) -> bool:
-    """Errors before the world exists are the same on all ranks; rank 0 speaks for them."""
-    import torch.distributed as dist
-
-    return not dist.is_initialized()
+def _in_a_world() -> bool:
+    world = sys.modules.get("scpl_ds.distributed.world")  # not imported: nothing has begun
+    return world is not None and world.has_begun()
 
 
 def _log_to_console() -> None:
@@ -201,6 +227,5 @@ def _log_to_file(run: RunFolder) -> None:
 
 
 def _leave() -> None:
-    from scpl_ds.distributed.world import shut_down
-
-    shut_down()
+    if _in_a_world():
+        sys.modules["scpl_ds.distributed.world"].shut_down()

@@ -165,6 +165,7 @@ def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
         ("gradient_allreduce_op", (None, "mean")),
         ("data_types.grad_accum_dtype", (None, "fp32")),
         ("checkpoint.load_universal", (None, False)),
+        ("dataloader_drop_last", (None, True)),
         ("optimizer.legacy_fusion", (None, False)),
         ("optimizer.params.bias_correction", (None, True)),
         ("optimizer.params.fp32_optimizer_states", (None, True)),

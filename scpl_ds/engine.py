@@ -224,7 +224,11 @@ class Engine:
         Waits for all ranks, so it flushes the pipeline: call it now and then.
         """
         own = self._last_loss if self.is_last_stage() else None
-        values = [v for v in gather_objects(self.mesh, None if own is None else float(own)) if v is not None]
+        values = [
+            v
+            for v in gather_objects(self.mesh, None if own is None else float(own))
+            if v is not None
+        ]
         if not values:
             raise RuntimeError("reduce_loss() before the first train_batch().")
         return torch.tensor(sum(values) / len(values))

@@ -9,6 +9,10 @@ class ScplError(Exception):
     """Base of all errors that ``scpl_ds`` raises on purpose; the CLI prints them without a traceback."""
 
 
+class OtherRankFailed(ScplError):
+    """Another rank found the problem and says so itself; this one only stops."""
+
+
 class RecipeError(ScplError, ValueError):
     """A recipe, config file or command line that cannot be run as written."""
 

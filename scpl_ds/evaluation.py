@@ -13,10 +13,12 @@ from torch import Tensor
 
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import gather_objects
+from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine, Evaluated
-from scpl_ds.errors import DataError
+from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.recipe import Recipe
 from scpl_ds.setup import (
+    Data,
     cut_model,
     load_data,
     make_engine,
@@ -93,13 +95,16 @@ def evaluate_run(
     Raises:
         DataError: The recipe's data has no evaluation split.
         CheckpointError: The checkpoint is incomplete or of another model.
+        RecipeError: There is no folder to write ``logits_file`` into.
     """
+    if logits_file is not None and not logits_file.absolute().parent.is_dir():
+        raise RecipeError(
+            f"--logits {logits_file}: the folder {logits_file.absolute().parent} does not exist."
+        )
     mesh, device = start_world(recipe)
     data = load_data(recipe, mesh)
     model = together(mesh, lambda: cut_model(recipe, data.facts))
-    _, loader = make_loaders(recipe, data, mesh)
-    if loader is None:
-        raise DataError(f"data: '{recipe.data.name}' has no evaluation split to score.")
+    loader = together(mesh, lambda: _loader(recipe, data, mesh))
     engine = make_engine(recipe, model, mesh, device, total_steps=1)
     together(mesh, lambda: engine.load_checkpoint(folder, load_optimizer_states=False))
     own: list[Tensor] = []
@@ -112,6 +117,16 @@ def evaluate_run(
             labels = torch.from_numpy(data.eval.labels)
             save_file({"logits": logits, "labels": labels}, logits_file)
     return {**score.metrics(), "samples": float(score.total)}
+
+
+def _loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader:
+    _, loader = make_loaders(recipe, data, mesh)
+    if loader is None:
+        raise DataError(
+            f"data: '{recipe.data.name}' has no evaluation split to score. Give one on the command "
+            "line, for example data.eval_file=dev.csv."
+        )
+    return loader
 
 
 def score_model(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> Score:

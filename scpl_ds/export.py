@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,46 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from scpl_ds import __version__
 from scpl_ds.checkpoint import HEAD_PREFIX, Reader, write_text
-from scpl_ds.errors import CheckpointError
+from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.partition._hf import auto_class, model_class
 from scpl_ds.partition.loading import export_state_dict
 
 MODEL_FILES = "model"
 """Folder inside a run and inside a checkpoint: config.json and the tokenizer's files."""
+INDEX = "model.safetensors.index.json"
+_WRITER = "scpl-ds"
+
+
+def check_destination(out: Path, *, key: str) -> None:
+    """Refuse a place where an export would destroy something: only an earlier export is replaced.
+
+    Args:
+        out: The folder to write.
+        key: What the person set it with, for the message.
+
+    Raises:
+        RecipeError: There is a file, or a folder that holds anything else.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise RecipeError(f"{key}: {out} is a file; name a folder to write.")
+    held = sorted(path.name for path in out.iterdir())
+    if held and not _is_export(out):
+        raise RecipeError(
+            f"{key}: {out} is not empty and no earlier export (it holds {', '.join(held[:5])}"
+            f"{', ...' if len(held) > 5 else ''}). It would be replaced; name another folder."
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        metadata = json.loads((folder / INDEX).read_text())["metadata"]
+        return str(metadata["written_by"]).startswith(_WRITER)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
@@ -29,7 +63,9 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or holds no config.
+        RecipeError: ``out`` holds something that is no earlier export.
     """
+    check_destination(out, key="export")
     reader = Reader(folder)
     source = folder / MODEL_FILES
     if not (source / "config.json").is_file():
@@ -53,8 +89,9 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
         (partial / shard).chmod(0o644)
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(partial / "model.safetensors.index.json", json.dumps(index, indent=2))
+    metadata = {"total_size": total, "written_by": f"{_WRITER} {__version__}"}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(partial / INDEX, json.dumps(index, indent=2))
     config.architectures = [model_class(config, task).__name__]
     with safe_open(partial / shard, "pt") as last:
         dtype = last.get_tensor(next(iter(last.keys()))).dtype

@@ -7,15 +7,27 @@ step (fp16 overflow) does not fall behind.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scpl_ds.ds_config import DeepSpeedSection, SchedulerSpec
 from scpl_ds.recipe_sections import TrainSection
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer's memory, whole (not sharded) and by parameter name, the same for every backend."""
+
+    step: int
+    """Optimizer steps taken, for Adam's bias correction."""
+    moments: dict[str, dict[str, Tensor]]
+    """``{"exp_avg": {parameter name: tensor of the parameter's shape}, ...}``; fp32, on the CPU."""
+
 
 LrSchedule = Callable[[int], float]
 """Optimizer step, 0-based -> learning rate of that step divided by the optimizer's ``lr``."""

@@ -344,8 +344,6 @@ class TrainSection(Section):
     """Seed of new weights, data order and dropout."""
     dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(_not_bool)] = 0
     """Processes that prepare batches; 0 does it in the training process."""
-    dataloader_drop_last: bool = False
-    """Leave out an incomplete last batch of an epoch."""
     disable_tqdm: bool = False
     """No live progress display; log lines stay."""
     export: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,18 +42,48 @@ class RunFolder:
     def log_file(self, rank: int) -> Path:
         return self.path / "logs" / f"rank{rank}.log"
 
+    @property
+    def plan(self) -> Path:
+        """The partition table."""
+        return self.path / "plan.txt"
+
+    def is_run(self) -> bool:
+        """Whether a run was started here; a recipe.yaml alone may be anybody's."""
+        return self.recipe.is_file() and self.plan.is_file()
+
+    def check(self) -> None:
+        """Refuse a place where no run folder can be, or where one would overwrite something.
+
+        Raises:
+            RecipeError: A file is in the way, it cannot be written, or the recipe.yaml in it is
+                not of a run.
+        """
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
+        if not nearest.is_dir():
+            raise RecipeError(f"train.output_dir: {nearest} is a file, not a folder; name another.")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise RecipeError(
+                f"train.output_dir: {self.path} cannot be made, {nearest} is not writable; "
+                "name another."
+            )
+        if self.recipe.exists() and not self.is_run():
+            raise RecipeError(
+                f"train.output_dir: {self.path} holds a recipe.yaml that is not of a run; it would "
+                "be overwritten. Name a folder of its own, such as runs/mine."
+            )
+
     def prepare(self, recipe: Recipe, *, resuming: bool) -> None:
         """Make the folder on the coordinating rank; an earlier run there is moved aside, not lost."""
-        if not resuming and self.recipe.exists():
+        if not resuming and self.is_run():
             aside = self._free_name()
-            self.path.rename(aside)
+            self.path.resolve().rename(aside)
             log.warning("%s held an earlier run; it is kept as %s.", self.path, aside)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe, recipe.to_yaml())
 
     def _free_name(self) -> Path:
-        number = 1
-        while (name := self.path.with_name(f"{self.path.name}.{number}")).exists():
+        path, number = self.path.resolve(), 1
+        while (name := path.with_name(f"{path.name}.{number}")).exists():
             number += 1
         return name
 
@@ -72,7 +103,9 @@ def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunF
             f"{path} is not a run folder (it has no recipe.yaml). `scpl-ds train RECIPE` makes one; "
             "name it as train.output_dir says, runs/<recipe> by default."
         )
-    return run, load_recipe(run.recipe, [f"train.output_dir={run.path}", *(overrides or [])])
+    # Quoted: the value is YAML, and a path may hold anything.
+    where = f"train.output_dir={json.dumps(str(run.path))}"
+    return run, load_recipe(run.recipe, [where, *(overrides or [])])
 
 
 def versions() -> dict[str, str]:

@@ -129,7 +129,11 @@ def simulate(
             computes a micro-batch twice or not at all.
     """
     todo = [
-        [a for a in schedule([k], num_stages, num_micro_batches) if isinstance(a, Forward | Backward)]
+        [
+            a
+            for a in schedule([k], num_stages, num_micro_batches)
+            if isinstance(a, Forward | Backward)
+        ]
         for k in range(num_stages)
     ]
     wanted = 2 * num_micro_batches

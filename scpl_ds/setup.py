@@ -19,7 +19,7 @@ from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.engine import Engine
-from scpl_ds.errors import DataError, RecipeError, ScplError
+from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, ScplError
 from scpl_ds.optim import lr_schedule
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
@@ -30,10 +30,6 @@ from scpl_ds.stage import as_body
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class OtherRankFailed(ScplError):
-    """Another rank found the problem and says so itself; this one only stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +69,13 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
     """The process groups of this run, on the launcher's ranks or on this process alone.
 
     Raises:
-        RecipeError: The number of ranks does not fit the recipe.
+        RecipeError: The number of ranks does not fit the recipe, or its task cannot be trained.
     """
+    if recipe.model.task != "sequence-classification":
+        raise RecipeError(
+            f"model.task: '{recipe.model.task}' can be cut and planned, but not trained by a recipe "
+            "yet: the local objectives need one class label per sample. Use sequence-classification."
+        )
     env = RankEnv.from_environ()
     pipeline_ranks, dp_size = check_world(recipe, env.world_size)
     recipe.deepspeed.batch(dp_size)  # refuses batch sizes that do not fit
@@ -103,20 +104,8 @@ def together(mesh: Mesh, work: Callable[[], T]) -> T:
     return result
 
 
-def load_data(recipe: Recipe, mesh: Mesh | None) -> Data:
-    """Load, check and tokenise on first-stage ranks, and tell the others what they must know.
-
-    Args:
-        recipe: Says which data and tokenizer.
-        mesh: None in a single process that is not part of a run (evaluation of an export).
-    """
-    if recipe.model.task != "sequence-classification":
-        raise RecipeError(
-            f"model.task: '{recipe.model.task}' can be cut and planned, but not trained by a recipe "
-            "yet: the local objectives need one class label per sample. Use sequence-classification."
-        )
-    if mesh is None:
-        return _read(recipe)
+def load_data(recipe: Recipe, mesh: Mesh) -> Data:
+    """Load, check and tokenise on first-stage ranks, and tell the others what they must know."""
     data = together(mesh, lambda: _read(recipe) if mesh.pp_rank == 0 else None)
     facts = broadcast_object(mesh, data.facts if data is not None else None)
     if data is None:
@@ -136,6 +125,7 @@ def _read(recipe: Recipe) -> Data:
     )
     config = load_config(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    input_names = anatomy_of(config, model.task).forward_keys
 
     def ids(split: Any) -> TokenizedDataset | range:
         if split is None:
@@ -146,7 +136,7 @@ def _read(recipe: Recipe) -> Data:
             max_length=options.max_length,
             max_positions=positions,
             vocab_size=config.get_text_config().vocab_size,
-            input_names=_input_names(config, model.task),
+            input_names=input_names,
         )
 
     train, held_out = ids(splits.train), ids(splits.eval)
@@ -170,10 +160,6 @@ def _options(recipe: Recipe) -> DataOptions:
             "scpl_ds.data._base.DataOptions (max_length, pad_token ...)."
         )
     return options
-
-
-def _input_names(config: Any, task: str) -> tuple[str, ...]:
-    return anatomy_of(config, task).forward_keys
 
 
 def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:

@@ -15,8 +15,9 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import DataError
 from scpl_ds.objectives._base import Objective
+from scpl_ds.optim import OptimizerState
 from scpl_ds.partition.stage_module import StageOutput
-from scpl_ds.sharding._base import OptimizerState, StageBackend
+from scpl_ds.sharding._base import StageBackend
 
 DetachFeatures = bool | Literal["both"]
 HEADS = "scpl_heads"

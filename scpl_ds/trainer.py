@@ -86,6 +86,7 @@ class Run:
         self.recipe, self.mesh, self.device = recipe, mesh, device
         self.folder = RunFolder(recipe.output_dir)
         self.is_main = mesh.rank == 0
+        together(mesh, self._check_folders)
         resume = together(mesh, self._find_checkpoint)
         self.data: Data = load_data(recipe, mesh)
         self.model: Model = together(mesh, lambda: cut_model(recipe, self.data.facts))
@@ -105,6 +106,7 @@ class Run:
         if self.is_main:
             self.folder.prepare(recipe, resuming=resuming)
             self._write_model_files()
+            self._warn_of_no_evaluation()
         barrier(mesh)
         if on_ready is not None:
             on_ready(self.folder)
@@ -116,6 +118,22 @@ class Run:
         self.last_eval: dict[str, float] = {}
 
     # -- before the first step -------------------------------------------------------------
+
+    def _check_folders(self) -> None:
+        train = self.recipe.train
+        self.folder.check()
+        if train.export and train.export_dir is not None:
+            export.check_destination(train.export_dir, key="train.export_dir")
+
+    def _warn_of_no_evaluation(self) -> None:
+        strategy = self.recipe.train.eval_strategy
+        if self.eval_loader is None and strategy != "no":
+            log.warning(
+                "train.eval_strategy is '%s', but '%s' has no evaluation split: nothing is "
+                "evaluated. Give one (data.eval_file, data.eval_fraction, data.eval_split), or set "
+                "train.eval_strategy: no.",
+                strategy, self.recipe.data.name,
+            )  # fmt: skip
 
     def _find_checkpoint(self) -> Path | None:
         asked = self.recipe.train.resume_from_checkpoint
@@ -150,7 +168,7 @@ class Run:
         self.folder.model_files.mkdir(exist_ok=True)
         self.model.config.save_pretrained(self.folder.model_files)
         self.data.tokenizer.save_pretrained(self.folder.model_files)
-        (self.folder.path / "plan.txt").write_text(self._plan_text() + "\n")
+        self.folder.plan.write_text(self._plan_text() + "\n")
 
     def _plan_text(self) -> str:
         m = self.mesh

@@ -141,6 +141,10 @@ class BoundaryChannel:
                 f"{self._me()} got no {what}: rank {peer} before it failed with: "
                 f"{header['message']}"
             )
+        layout = header["layout"]
+        size = layout[-1][3] + layout[-1][4]
+        # Taken before it is judged: the sender must not be left waiting for a refused message.
+        payload = self._read(torch.empty(size, dtype=torch.uint8), what)
         tag = Tag(*header["tag"])
         found = Expected(header["phase"], tag.step, tag.micro_batch)
         last = self._last_batch_id.get(found.phase)
@@ -152,9 +156,6 @@ class BoundaryChannel:
                 "steps: check that every rank calls train_batch and eval_batch equally often."
             )
         self._last_batch_id[found.phase] = tag.batch_id
-        layout = header["layout"]
-        size = layout[-1][3] + layout[-1][4]
-        payload = self._read(torch.empty(size, dtype=torch.uint8), what)
         return _unpack(layout, payload, tag).to(self._device)
 
     def reset(self, phase: str) -> None:

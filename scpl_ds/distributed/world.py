@@ -107,6 +107,11 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def has_begun() -> bool:
+    """Whether this process is part of a world."""
+    return dist.is_initialized()
+
+
 def shut_down() -> None:
     """Leave the world; safe to call twice. After an error the others notice the closed connections."""
     if dist.is_initialized():

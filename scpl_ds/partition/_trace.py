@@ -122,7 +122,7 @@ def trace(model: PreTrainedModel) -> tuple[Anatomy, dict[str, Tensor]]:
     output_shapes: dict[str, tuple[int, ...] | None] = {}
     flops_after: list[int] = []
     flops_before_first = 0
-    hidden_shape: tuple[int, ...] = ()
+    hidden_shapes: list[tuple[int, ...]] = []
     arity = 0
     counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
 
@@ -135,7 +135,7 @@ def trace(model: PreTrainedModel) -> tuple[Anatomy, dict[str, Tensor]]:
 
     def layer_pre_hook(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            nonlocal hidden_shape, flops_before_first
+            nonlocal flops_before_first
             if not calls or 0 not in calls:
                 flops_before_first = counter.get_total_flops()
             calls.append(index)
@@ -145,7 +145,8 @@ def trace(model: PreTrainedModel) -> tuple[Anatomy, dict[str, Tensor]]:
                     f"layer {index} of '{name}' takes no hidden_states tensor first; "
                     "it cannot be fed from another stage. Choose another model."
                 )
-            hidden_shape = hidden_shape or tuple(hidden.shape)
+            hidden_shapes.append(tuple(hidden.shape))
+            hidden_shape = hidden_shapes[0]
             if tuple(hidden.shape) != hidden_shape or hidden.shape[:2] != inputs["input_ids"].shape:
                 raise PartitionError(
                     f"layer {index} of '{name}' takes hidden states of shape {list(hidden.shape)}; "
@@ -171,7 +172,7 @@ def trace(model: PreTrainedModel) -> tuple[Anatomy, dict[str, Tensor]]:
 
     def layer_hook(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal arity
-        arity = len(output) if isinstance(output, tuple) else 0
+        arity = len(output) if isinstance(output, (tuple, list)) else 0
         flops_after.append(counter.get_total_flops())
 
     handles = [module.register_forward_hook(unit_hook(unit)) for unit, module in units]
@@ -207,7 +208,7 @@ def trace(model: PreTrainedModel) -> tuple[Anatomy, dict[str, Tensor]]:
             f"({base_prefix(model)[:-1]}). Choose another model."
         )
     prologue, epilogue, free = _sort_units(
-        name, units, calls, output_shapes, hidden_shape, len(layers)
+        name, units, calls, output_shapes, hidden_shapes[0], len(layers)
     )
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     sizes = {key: p.numel() for key, p in model.named_parameters(remove_duplicate=False)}
@@ -226,7 +227,7 @@ def trace(model: PreTrainedModel) -> tuple[Anatomy, dict[str, Tensor]]:
         free=free,
         layer_arity=arity,
         forward_keys=tuple(inspect.signature(model.base_model.forward).parameters),
-        hidden_size=hidden_shape[-1],
+        hidden_size=hidden_shapes[0][-1],
         model_type=name,
         sequence_length=inputs["input_ids"].shape[1],
         layer_flops=tuple(f // _BATCH for f in flops_each),

@@ -7,7 +7,9 @@ after it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +84,7 @@ def analyze(model: PreTrainedModel) -> Anatomy:
 
 
 def _watch(build: Callable[[torch.dtype], PreTrainedModel]) -> Anatomy:
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet_transformers():
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet_transformers(), _quiet_fake_tensors():
         try:
             model = build(torch.float32)
             anatomy, inputs = trace(model)
@@ -91,6 +93,18 @@ def _watch(build: Callable[[torch.dtype], PreTrainedModel]) -> Anatomy:
             anatomy, inputs = trace(model)
         dry_run(model, anatomy, inputs)
         return anatomy
+
+
+@contextlib.contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """torch logs a traceback for an operation that has no shape rule; here it is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _all_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -86,7 +87,7 @@ def load_stage(
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            model, info = Pruned.from_pretrained(
+            loaded: Any = Pruned.from_pretrained(
                 str(path),
                 config=config,
                 output_loading_info=True,
@@ -99,11 +100,12 @@ def load_stage(
                 f"no checkpoint for layers [{start}, {end}) at '{path}': {one_line(error)}. "
                 "Set model.name_or_path to a folder or hub name with config.json and weights."
             ) from error
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise PartitionError(
                 f"the checkpoint '{path}' cannot be read as '{anatomy.model_type}': "
                 f"{one_line(error)}. Set model.name_or_path to a checkpoint of this architecture."
             ) from error
+    model, info = loaded
     model.__class__ = base_class
     _refuse_mismatched(path, anatomy, info["mismatched_keys"])
     _refuse_missing(path, anatomy, start, end, model, set(info["missing_keys"]))

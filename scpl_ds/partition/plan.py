@@ -216,7 +216,7 @@ def render_plan(
     title = (
         f"{anatomy.model_type}: {_count(anatomy.num_layers, 'layer')} in "
         f"{_count(plan.num_stages, 'stage')}, cut by {plan.method}, {_short(total)} parameters, "
-        f"FLOPs of one sample of {anatomy.sequence_length} tokens"
+        f"FLOPs of {anatomy.sequence_length} tokens"
     )
     return "\n".join([title, *(line.rstrip() for line in lines)])
 

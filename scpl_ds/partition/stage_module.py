@@ -75,14 +75,30 @@ class StandIn(nn.Module):
 
 
 class _Received:
-    """Returns the received hidden states in the shape the replaced module would have returned."""
+    """In place of the layer before this stage: returns what the stage before computed."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.relay.take()
+
+
+class _Blank:
+    """In place of a prologue module: zeros in the shape that it would have returned.
+
+    Only shape, dtype and device are used, for masks and rotary tables. Zeros, not the received
+    hidden
+    states: some models scale their embeddings in place (CTRL).
+    """
 
     def __init__(self, relay: Relay, kind: str) -> None:
         self.relay, self.kind = relay, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = self.relay.take()
-        return {"row": hidden[:1], "flat": hidden[0]}.get(self.kind, hidden)
+        shape = {"row": hidden[:1].shape, "flat": hidden.shape[1:]}.get(self.kind, hidden.shape)
+        return hidden.new_zeros(shape)
 
 
 def _first_argument(*args: Any, **kwargs: Any) -> Any:
@@ -105,11 +121,11 @@ def prune(model: PreTrainedModel, anatomy: Anatomy, start: int, end: int, relay:
     for index in range(anatomy.num_layers):
         if start <= index < end:
             continue
-        function = _Received(relay, "full") if index == start - 1 else _first_argument
+        function = _Received(relay) if index == start - 1 else _first_argument
         layers[index] = StandIn(layers[index], function, anatomy.layer_arity)
     if start > 0:
         for unit, kind in anatomy.prologue.items():
-            _replace(model, unit, _Received(relay, kind))
+            _replace(model, unit, _Blank(relay, kind))
     if end < anatomy.num_layers:
         for unit in anatomy.epilogue:
             _replace(model, unit, _first_argument)
@@ -250,15 +266,15 @@ class StageModule(nn.Module):
                 + ("takes no hidden_states" if self.is_first else "needs hidden_states")
                 + f", got {'none' if hidden_states is None else list(hidden_states.shape)}."
             )
-        captured: list[Tensor] = []
+        captured: list[tuple[Tensor, int]] = []
 
         def capture(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            captured.append(hidden)
+            several = isinstance(output, (tuple, list))
+            hidden = output[0] if several else output
+            captured.append((hidden, hidden._version))
             if not detach_features:
                 return None
-            cut = hidden.detach()
-            return (cut, *output[1:]) if isinstance(output, tuple) else cut
+            return (hidden.detach(), *output[1:]) if several else hidden.detach()
 
         # Registered for this call only, so that it runs after the hooks a sharding backend has put
         # on the layer: those must see the output that autograd knows.
@@ -267,13 +283,22 @@ class StageModule(nn.Module):
         try:
             if self.is_last:
                 output = self.model(**inputs, **self._use_cache_off)
-                return StageOutput(captured[0], getattr(output, "loss", None), output.logits)
+                loss, logits = getattr(output, "loss", None), output.logits
+                return StageOutput(self._unchanged(*captured[0]), loss, logits)
             base_inputs = {k: v for k, v in inputs.items() if k not in self._task_only}
             self.model.base_model(**base_inputs, **self._use_cache_off)
-            return StageOutput(captured[0], None, None)
+            return StageOutput(self._unchanged(*captured[0]), None, None)
         finally:
             self._relay.received = None
             handle.remove()
+
+    def _unchanged(self, hidden: Tensor, version: int) -> Tensor:
+        if hidden._version != version:
+            raise PartitionError(
+                f"the model changes the output of layer {self.end - 1} in place after the layer, "
+                "so it cannot be sent on. Cut elsewhere, or choose another model."
+            )
+        return hidden
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """This stage's parameters and persistent buffers under Hugging Face's names.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,16 +11,7 @@ from torch import Tensor, nn
 
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerState:
-    """An optimizer's memory, whole (not sharded) and by parameter name, the same for every backend."""
-
-    step: int
-    """Optimizer steps taken, for Adam's bias correction."""
-    moments: dict[str, dict[str, Tensor]]
-    """``{"exp_avg": {parameter name: tensor of the parameter's shape}, ...}``; fp32, on the CPU."""
+from scpl_ds.optim import OptimizerState
 
 
 class StageBackend(abc.ABC):
@@ -87,9 +77,7 @@ def set_lr(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def plain_optimizer_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer
-) -> OptimizerState:
+def plain_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
     """The state of an unsharded torch optimizer, by parameter name."""
     step, moments = 0, {}
     for name, parameter in module.named_parameters():

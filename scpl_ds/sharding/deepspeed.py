@@ -22,8 +22,8 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.world import environment
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import ScplError
+from scpl_ds.optim import OptimizerState
 from scpl_ds.sharding._base import (
-    OptimizerState,
     StageBackend,
     load_plain_optimizer_state,
     plain_optimizer_state,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scpl_ds.distributed.collectives import average_gradients
+from scpl_ds.optim import OptimizerState
 from scpl_ds.sharding._base import (
-    OptimizerState,
     StageBackend,
     load_plain_optimizer_state,
     plain_optimizer_state,

@@ -1,4 +1,5 @@
-"""Every model type transformers knows: equal, refused with a reason, or listed. Run by hand (slow)."""
+"""Every model type transformers knows: equal, refused with a reason, or listed. Run by hand
+(slow)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""A stage reads its own tensors from a checkpoint, and gives them back to one that plain HF loads."""
+"""A stage reads its own tensors from a checkpoint, and gives them back to one that plain HF
+loads."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import subprocess
@@ -33,7 +35,7 @@ def load_all(
     config = kwargs.pop("config", None) or auto_class(task).from_pretrained(path).config
     return [
         load_stage(path, task, anatomy, start, end, config=config, seed=SEED, **kwargs)
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        for start, end in itertools.pairwise(bounds)
     ]
 
 
@@ -166,7 +168,7 @@ def test_dtype_is_that_of_the_checkpoint_unless_asked(tmp_path: Path) -> None:
 
 
 def test_old_names_of_a_bare_encoder_checkpoint_are_understood(tmp_path: Path) -> None:
-    """As all-MiniLM-L6-v2 is stored: no ``bert.`` prefix, and a ``position_ids`` key nobody reads."""
+    """As all-MiniLM-L6-v2 is stored: no ``bert.`` prefix, and a ``position_ids`` key unread."""
     task = "sequence-classification"
     config = BY_TYPE["bert"].config()
     model = build(config, task)
@@ -259,7 +261,7 @@ print(json.dumps({"baseline": baseline, "own": own, "peak": peak(), "total": tot
 
 @pytest.mark.slow
 def test_loading_a_third_of_a_400m_llama_peaks_at_its_own_weights(tmp_path: Path) -> None:
-    """Every weight is touched, because CPU weights are mapped from the file and cost nothing before."""
+    """Every weight is touched: weights mapped from the file cost nothing before."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(

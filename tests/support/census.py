@@ -39,17 +39,18 @@ _SMALL: dict[str, Any] = {
     "feed_forward_proj": "gelu", "shared_expert_intermediate_size": 32, "moe_intermediate_size": 32,
     "num_hidden_layers": _LAYERS, "n_layer": _LAYERS, "n_layers": _LAYERS, "num_layers": _LAYERS,
     "encoder_layers": _LAYERS, "decoder_layers": _LAYERS, "decoder_ffn_dim": 96,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
-    "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "num_key_value_heads": 2, "num_kv_heads": 2,
-    "head_dim": 16, "d_kv": 16, "rotary_dim": 8, "max_position_embeddings": 256, "n_positions": 256,
-    "n_ctx": 256, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "n_group": 1,
-    "num_experts_per_tok": 2, "topk_group": 1, "moe_num_experts": 4, "moe_topk": 2, "moe_k": 2,
-    "sliding_window": 8, "local_attention": 8, "attention_window": 8, "q_lora_rank": 16,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads":
+    4, "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "num_key_value_heads": 2,
+    "num_kv_heads": 2, "head_dim": 16, "d_kv": 16, "rotary_dim": 8, "max_position_embeddings": 256,
+    "n_positions": 256, "n_ctx": 256, "num_experts": 4, "num_local_experts": 4, "n_routed_experts":
+    4, "n_group": 1, "num_experts_per_tok": 2, "topk_group": 1, "moe_num_experts": 4, "moe_topk": 2,
+    "moe_k": 2, "sliding_window": 8, "local_attention": 8, "attention_window": 8, "q_lora_rank": 16,
     "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-    "type_vocab_size": 2, "num_buckets": 16, "state_size": 8, "mamba_n_heads": 8, "mamba_d_head": 16,
-    "mamba_d_state": 8, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8,
+    "type_vocab_size": 2, "num_buckets": 16, "state_size": 8, "mamba_n_heads": 8, "mamba_d_head":
+    16, "mamba_d_state": 8, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8,
     "num_query_groups": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD,
-    "is_decoder": True, "add_cross_attention": False, "mlp_only_layers": [], "first_k_dense_replace": 1,
+    "is_decoder": True, "add_cross_attention": False, "mlp_only_layers": [],
+    "first_k_dense_replace": 1,
 }  # fmt: skip
 
 
@@ -169,11 +170,13 @@ def _check(model_type: str, task: str, variant: int) -> Outcome:
             plan = make_plan(anatomy, num_stages, "uniform")
             stages = [stage_from_model(model, anatomy, *plan.span(k)) for k in range(num_stages)]
             for inputs, whole in zip(batches, wholes, strict=True):
-                hidden = None
+                hidden, output = None, None
                 with torch.no_grad():
                     for stage in stages:
                         output = stage(inputs, hidden)
                         hidden = output.hidden_states
+                assert output is not None
+                assert output.logits is not None and output.loss is not None
                 same = torch.equal(output.logits.nan_to_num(), whole.logits.nan_to_num())
                 if not (same and torch.equal(output.loss.nan_to_num(), whole.loss.nan_to_num())):
                     gap = (output.logits - whole.logits).abs().max().item()
@@ -235,15 +238,15 @@ def render(outcomes: list[Outcome]) -> str:
         "# Census of architectures",
         "",
         f"Made on {datetime.date.today()} with transformers {transformers.__version__} and torch "
-        f"{torch.__version__} on CPU by `python -m tests.support.census > docs/census.md`: a tiny random "
-        "model of every model type, fp32, eval mode, 2 and 3 stages, no / left / right padding, logits "
-        "and loss compared bit by bit with the whole model.",
+        f"{torch.__version__} on CPU by `python -m tests.support.census > docs/census.md`: a tiny "
+        "random model of every model type, fp32, eval mode, 2 and 3 stages, no / left / right "
+        "padding, logits and loss compared bit by bit with the whole model.",
         "",
         "- **equal**: bit-equal in every case. **different**: a bug; there must be none.",
         "- **refused**: `scpl_ds` says why, before anything is trained.",
         "- **failed**: a loud error inside transformers when a stage runs.",
-        "- **not built**: the census could not make a working tiny model by shrinking the default config. "
-        "No evidence either way: try `scpl-ds plan` on yours.",
+        "- **not built**: the census could not make a working tiny model by shrinking the default "
+        "config. No evidence either way: try `scpl-ds plan` on yours.",
         "",
         "| task | " + " | ".join(_STATUSES) + " | all |",
         "|---|" + "---|" * (len(_STATUSES) + 1),

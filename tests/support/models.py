@@ -20,6 +20,10 @@ _ENCODER: dict[str, Any] = {
 _DECODER: dict[str, Any] = {
     **_ENCODER, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+_MODERN: dict[str, Any] = {
+    **_ENCODER, "local_attention": 8, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+    "sep_token_id": 2,
+}  # fmt: skip
 _EXPERTS: dict[str, Any] = {
     "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
 }  # fmt: skip
@@ -52,9 +56,9 @@ class Architecture:
         """A tiny config, without dropout unless overridden."""
         config = CONFIG_MAPPING[self.model_type](**{**self.options, **overrides})
         for name in list(config.to_dict()):
-            if name not in overrides and any(w in name for w in ("dropout", "pdrop", "_drop")):
-                if isinstance(getattr(config, name), float):
-                    setattr(config, name, 0.0)
+            dropout = any(word in name for word in ("dropout", "pdrop", "_drop"))
+            if dropout and name not in overrides and isinstance(getattr(config, name), float):
+                setattr(config, name, 0.0)
         return config
 
 
@@ -67,7 +71,7 @@ ARCHITECTURES = (
     Architecture("RoBERTa", "roberta", _CLASSIFIER, {**_ENCODER, "max_position_embeddings": 66}),
     Architecture("DistilBERT", "distilbert", _CLASSIFIER, _NAMED["distilbert"]),
     Architecture("ELECTRA", "electra", _CLASSIFIER, {**_ENCODER, "embedding_size": 16}),
-    Architecture("ModernBERT", "modernbert", _CLASSIFIER, {**_ENCODER, "local_attention": 8, "cls_token_id": 1}),
+    Architecture("ModernBERT", "modernbert", _CLASSIFIER, _MODERN),
     Architecture("GPT-2", "gpt2", _BOTH, _NAMED["gpt2"]),
     Architecture("GPT-NeoX", "gpt_neox", _BOTH, _DECODER),
     Architecture("OPT", "opt", _BOTH, {**_ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32}),
@@ -116,8 +120,6 @@ def batch(task: str, padding: str, *, rows: int = 4, length: int = 12) -> dict[s
             gap = slice(0, row) if padding == "left" else slice(length - row, length)
             mask[row, gap] = 0
     ids = ids.masked_fill(mask == 0, PAD)
-    if task == "causal-lm":
-        labels = ids.masked_fill(mask == 0, -100)
-    else:
-        labels = torch.arange(rows) % 2
+    classes = torch.arange(rows) % 2
+    labels = ids.masked_fill(mask == 0, -100) if task == "causal-lm" else classes
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

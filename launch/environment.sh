@@ -1,0 +1,106 @@
+# Sourced by the other scripts. Where the Python environment is, and how it is made.
+#
+#   PYTHON=python3.12        the Python that makes .venv; default: the first on PATH that is >= 3.11
+#   SCPL_DS_VENV=/some/venv  use this environment as it is and install nothing
+#
+# pip's own variables work: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${SCPL_DS_VENV:-$ROOT/.venv}
+
+# find_environment: put an environment that is already there first on PATH.
+find_environment() {
+    if [[ -x $VENV/bin/python ]]; then
+        export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
+    elif [[ -n ${SCPL_DS_VENV:-} ]]; then
+        echo "SCPL_DS_VENV=$SCPL_DS_VENV has no bin/python. Point it at a virtual environment, or" \
+            "unset it." >&2
+        return 2
+    fi
+}
+
+# use_environment EXTRAS: as above, but make it and install `scpl-ds[EXTRAS]` where needed.
+# What is installed is stamped, so a second call takes no time.
+use_environment() {
+    local extras=$1
+    if [[ -z ${SCPL_DS_VENV:-} ]] && ! is_installed "$extras"; then
+        install "$extras"
+    fi
+    find_environment
+}
+
+is_installed() {
+    local extra
+    "$VENV/bin/python" -c '' 2>/dev/null || return 1
+    for extra in ${1//,/ }; do
+        [[ $(cat "$VENV/scpl_ds-$extra.stamp" 2>/dev/null) == "$(fingerprint)" ]] || return 1
+    done
+}
+
+# What decides the contents of the environment, in one line.
+fingerprint() {
+    printf '%s %s' "$ROOT" "$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | cksum)"
+}
+
+install() (
+    set -e
+    extras=$1
+    cd "$ROOT"
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python)
+        "$python" -m venv --clear "$VENV"
+    fi
+    if [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
+        echo "No GPU found. If pip is about to fetch gigabytes of CUDA packages, stop it and run" \
+            "this again with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
+    fi
+    echo "Installing scpl-ds[$extras] into $VENV"
+    pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+    "${pip[@]}" torch # first: it is the largest, and what the others are built against
+    "${pip[@]}" -e ".[$extras]"
+    for extra in ${extras//,/ }; do
+        fingerprint >"$VENV/scpl_ds-$extra.stamp"
+    done
+)
+
+find_python() {
+    local name
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+        if "$name" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "No Python >= 3.11 with the venv module found (tried: ${PYTHON:-python3, python3.13," \
+        "python3.12, python3.11, python}). Install one, or name it: PYTHON=/path/to/python3.12" >&2
+    return 2
+}
+
+# A port of this machine that nobody listens on, so that several runs do not meet.
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+count_gpus() {
+    if command -v nvidia-smi >/dev/null || [[ -e /dev/nvidia0 || -e /dev/kfd ]]; then
+        python -c 'import torch; print(torch.cuda.device_count())'
+    else
+        echo 0 # without importing torch, which takes seconds
+    fi
+}
+
+# run_deepspeed RANKS ARGUMENTS...: `scpl-ds ARGUMENTS` on RANKS ranks of this machine. The launcher
+# numbers the GPUs anew for every rank and forgets CUDA_VISIBLE_DEVICES, so that is put back: a rank
+# takes the visible GPU with its local number, and more ranks than GPUs share them.
+run_deepspeed() {
+    local ranks=$1 visible=${CUDA_VISIBLE_DEVICES-unset}
+    shift
+    local program=(python -u -m scpl_ds)
+    if [[ $visible != unset ]]; then
+        program=(env CUDA_VISIBLE_DEVICES="$visible" "${program[@]}")
+        unset CUDA_VISIBLE_DEVICES
+    fi
+    # No hostfile: DeepSpeed would take /job/hostfile where there is one.
+    exec deepspeed --hostfile /dev/null --num_gpus "$ranks" --quiet \
+        --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --no_python "${program[@]}" "$@"
+}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs the test extras into .venv and runs the whole suite; at most 15 minutes on two cores.
+#
+#   bash launch/test.sh [pytest arguments]
+#   bash launch/test.sh tests/unit -k schedule
+#
+# Paths are relative to the repository. Slow tests: -m slow. Nothing outside the repository is
+# needed but a package index, for the installation and the demo.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+use_environment wandb,demo,dev
+python -m scpl_ds.data.demo >/dev/null
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # several ranks share the cores
+exec python -m pytest "$@"

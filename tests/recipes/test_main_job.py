@@ -1,0 +1,393 @@
+"""The main job on a tiny model in one process: fit, score, export, interrupt, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scpl_ds.cli import main
+from tests.support import tiny
+from tests.support.tiny import DROP, Bomb, put, write_recipe
+from tests.support.wandb_file import read_wandb_file
+
+Recipe = dict[str, Any]
+BACKENDS = ("none", "deepspeed")
+BOMB = "tests.support.tiny:Bomb"
+SAVED_AT = 3
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    with tiny.own_world():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    recipe = tiny.make(tmp_path_factory.mktemp("tiny"))
+    changes = {
+        "scpl.objective": {"name": "supcon", "projection": "linear"},
+        "train.save_steps": SAVED_AT,
+        "train.save_total_limit": 2,
+        "train.logging_steps": 1,
+    }
+    return put(recipe, changes)
+
+
+def recipe_for(base: Recipe, sharding: str, run: Path, **changes: Any) -> Recipe:
+    zero = {"stage": 1 if sharding == "deepspeed" else 0}
+    common = {"scpl.sharding": sharding, "deepspeed.zero_optimization": zero}
+    return put(base, {**common, "train.output_dir": str(run), **changes})
+
+
+def train(recipe: Recipe, *overrides: str) -> int:
+    """``scpl-ds train``, in a world of its own."""
+    run = Path(recipe["train"]["output_dir"])
+    run.parent.mkdir(parents=True, exist_ok=True)
+    path = write_recipe(run.with_suffix(".yaml"), recipe)
+    with tiny.own_world():
+        return main(["train", str(path), *overrides])
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def run(request: pytest.FixtureRequest, base: Recipe, tmp_path_factory) -> Path:
+    """A finished run; the one under DeepSpeed is tracked by Weights & Biases, offline."""
+    folder = tmp_path_factory.mktemp("whole") / request.param
+    trackers = [{"name": "wandb", "mode": "offline"}] if request.param == "deepspeed" else []
+    assert train(recipe_for(base, request.param, folder, trackers=trackers)) == 0
+    return folder
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, optimizer state included."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    assert files, checkpoint
+    return {f"{f.name}/{name}": t for f in files for name, t in load_file(f).items()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[float, ...]]:
+    names = ("step", "stage0/loss", "stage1/loss", "head/loss", "lr")
+    return [tuple(row[n] for n in names) for row in rows_of(run) if "lr" in row]
+
+
+# -- what a run leaves ---------------------------------------------------------------------
+
+
+def test_result_json_says_how_good_the_export_is_and_where_it_lies(run: Path):
+    result = json.loads((run / "result.json").read_text())
+    promised = {
+        "eval_accuracy", "majority_accuracy", "stages", "ranks", "samples_per_s", "train_seconds",
+        "export_dir",
+    }  # fmt: skip
+    assert promised <= result.keys()
+    assert (result["stages"], result["ranks"], result["steps"]) == (2, 1, STEPS)
+    assert result["majority_accuracy"] == 11 / 21  # labels 0, 1, 0 ... of 21 rows
+    assert result["eval_accuracy"] == result["stage_eval_accuracy"]
+    assert Path(result["export_dir"]) == run / "export"
+    assert result["train_seconds"] > 0 and result["samples_per_s"] > 0
+
+
+def test_metrics_jsonl_has_every_stages_loss_at_every_logging_step(run: Path):
+    rows = rows_of(run)
+    steps = [row for row in rows if "stage0/loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    wanted = {
+        "stage0/loss", "stage1/loss", "head/loss", "stage0/grad_norm", "stage1/grad_norm",
+        "stage0/valid_anchor_fraction", "perf/tokens_per_s", "perf/samples_per_s",
+        "perf/peak_memory_gib", "lr", "epoch",
+    }  # fmt: skip
+    assert all(wanted <= row.keys() for row in steps)
+    assert steps[-1]["epoch"] == 1.0 and steps[-1]["lr"] < steps[0]["lr"]
+    scored = [row for row in rows if "val/accuracy" in row]
+    assert [row["step"] for row in scored] == [STEPS]
+
+
+def test_a_run_keeps_recipe_plan_log_and_the_latest_checkpoints(run: Path):
+    kept = sorted(path.name for path in run.glob("checkpoint-*"))
+    assert kept == ["checkpoint-6", "checkpoint-8"]
+    assert (run / "latest").read_text() == "checkpoint-8"
+    assert "2 stages" in (run / "plan.txt").read_text()
+    assert "saved checkpoint-8" in (run / "logs" / "rank0.log").read_text()
+    assert (run / "recipe.yaml").is_file()
+    left = [path.name for path in run.rglob("*") if path.name.endswith((".partial", ".old"))]
+    assert left == []
+
+
+def test_weights_and_biases_gets_one_offline_run_with_every_stage(run: Path):
+    if run.name != "deepspeed":
+        pytest.skip("tracked under deepspeed only")
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    tracked = read_wandb_file(file)
+    steps = [row["train/global_step"] for row in tracked.history if "stage0/loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+    assert "stage1/loss" in tracked.history[0]
+    assert tracked.config["recipe"]["scpl"]["stages"] == 2
+    assert [row["layers"] for row in tracked.config["partition"]]
+    assert tracked.summary["eval_accuracy"] == json.loads((run / "result.json").read_text())[
+        "eval_accuracy"
+    ]
+    assert tracked.exit_code == 0
+
+
+# -- the export ----------------------------------------------------------------------------
+
+READER = """
+import csv, sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model_dir, data, out = sys.argv[1:]
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(model_dir)
+model = AutoModelForSequenceClassification.from_pretrained(model_dir).eval()
+texts = [row["text"] for row in csv.DictReader(open(data))]
+logits = []
+with torch.inference_mode():
+    for at in range(0, len(texts), 8):
+        batch = tokenizer(texts[at : at + 8], truncation=True, max_length=16, padding=True,
+                          return_tensors="pt")
+        logits.append(model(**batch).logits)
+assert not [name for name in sys.modules if name.split(".")[0] == "scpl_ds"]
+save_file({"logits": torch.cat(logits)}, out)
+"""
+
+
+def test_the_export_gives_the_logits_of_eval_without_scpl_ds(
+    run: Path, base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    assert main(["eval", str(run), "--logits", str(ours)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["samples"] == 21
+    assert said["val/accuracy"] == json.loads((run / "result.json").read_text())["eval_accuracy"]
+    argv = [str(run / "export"), base["data"]["eval_file"], str(theirs)]
+    subprocess.run(
+        [sys.executable, "-c", READER, *argv],
+        check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wanted, found = load_file(ours), load_file(theirs)
+    assert wanted["logits"].shape == (21, 2)
+    torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=0)
+    accuracy = float((found["logits"].argmax(-1) == wanted["labels"]).float().mean())
+    assert accuracy == pytest.approx(said["val/accuracy"])
+
+
+def test_export_of_a_run_equals_the_runs_own_export(run: Path, tmp_path: Path):
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    own = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == own
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0, "an earlier export is replaced"
+
+
+def test_export_refuses_to_replace_a_folder_of_something_else(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It used to move any folder aside and delete it: `scpl-ds export RUN ~` took the home."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("mine")
+    assert main(["export", str(run), str(tmp_path / "home")]) == 2
+    assert "holds thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "mine"
+
+
+def test_eval_scores_the_checkpoint_it_is_given(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(run / "checkpoint-6")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["checkpoint"] == str(run / "checkpoint-6")
+    assert said["samples"] == 21 and 0 <= said["val/accuracy"] <= 1
+
+
+def test_eval_refuses_a_logits_file_in_no_folder_before_it_scores(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["eval", str(run), "--logits", str(tmp_path / "no" / "logits")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+# -- going on ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", BACKENDS)
+def test_a_run_interrupted_twice_ends_with_the_parameters_of_one_that_was_not(
+    run: Path, sharding: str, base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if run.name != sharding:
+        pytest.skip("compared with the run of the same backend")
+    recipe = recipe_for(base, sharding, tmp_path / "run", trackers=[{"name": BOMB}])
+    monkeypatch.setattr(Bomb, "at", 5)
+    assert train(recipe) == 130
+    assert not (tmp_path / "run" / "result.json").exists()
+    monkeypatch.setattr(Bomb, "at", 7)
+    assert train(recipe, "train.resume_from_checkpoint=true") == 130
+    monkeypatch.setattr(Bomb, "at", 0)
+    assert train(recipe, "train.resume_from_checkpoint=true") == 0
+    found, wanted = tmp_path / "run" / "checkpoint-8", run / "checkpoint-8"
+    assert_same(tensors_of(found), tensors_of(wanted))
+    assert losses(tmp_path / "run") == losses(run)
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_an_earlier_run_in_the_same_folder_is_kept_aside(base: Recipe, tmp_path: Path):
+    recipe = recipe_for(base, "none", tmp_path / "run", **{"train.max_steps": 1})
+    assert train(recipe, "train.seed=1") == 0
+    first = tensors_of(tmp_path / "run" / "checkpoint-1")
+    assert train(recipe, "train.seed=2") == 0
+    assert_same(tensors_of(tmp_path / "run.1" / "checkpoint-1"), first)
+    assert train(recipe, "train.seed=1") == 0
+    assert_same(tensors_of(tmp_path / "run" / "checkpoint-1"), first)
+    assert (tmp_path / "run.2" / "result.json").is_file()
+
+
+def test_going_back_to_an_early_checkpoint_keeps_what_latest_names(base: Recipe, tmp_path: Path):
+    """`save_total_limit` counted by step number and removed the checkpoint just written."""
+    recipe = recipe_for(base, "none", tmp_path / "run", **{"train.save_total_limit": 1})
+    recipe = put(recipe, {"train.save_steps": 1, "train.max_steps": 3})
+    assert train(recipe, "train.save_total_limit=3") == 0
+    early = tmp_path / "run" / "checkpoint-1"
+    changes = [f"train.resume_from_checkpoint={early}", "train.max_steps=2"]
+    assert train(recipe, *changes) == 0
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "run" / "latest").read_text() == "checkpoint-2"
+
+
+def test_resume_under_more_stages_keeps_the_head_whose_boundary_stays(
+    run: Path, base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """4 layers: a cut into [0, 2) [2, 4) goes on as four stages; with lr 0 nothing moves."""
+    changes = {
+        "scpl.stages": 4,
+        "deepspeed.optimizer.params": {"lr": 0.0, "weight_decay": 0.0},
+        "train.resume_from_checkpoint": str(run / "checkpoint-8"),
+        "train.num_train_epochs": DROP,
+        "train.max_steps": 9,
+    }
+    recipe = recipe_for(base, run.name, tmp_path / "more", **changes)
+    capsys.readouterr()
+    assert train(recipe) == 0
+    said = capsys.readouterr().err
+    assert "has no local head for layer 0" in said and "has no local head for layer 2" in said
+    assert "no local head for layer 1" not in said
+    before = {n.split("/", 1)[1]: t for n, t in tensors_of(run / "checkpoint-8").items()}
+    after = {
+        n.split("/", 1)[1]: t for n, t in tensors_of(tmp_path / "more" / "checkpoint-9").items()
+    }
+    heads = [name for name in after if name.startswith("scpl_heads.")]
+    assert {name.split(".")[1] for name in heads} == {"layer_0", "layer_1", "layer_2"}
+    kept = {n: t for n, t in before.items() if "exp_avg" not in n}
+    assert_same({n: after[n] for n in kept}, kept)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"num_hidden_layers": 3}, None),
+        ({"num_hidden_layers": 5}, ("is of another model: it has no", "layer.4")),
+        ({"intermediate_size": 48}, ("is of another model", "[32, 16] there and [48, 16] here")),
+    ],
+    ids=["fewer-layers", "more-layers", "wider"],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    run: Path, base: Recipe, other: dict[str, Any], words: tuple[str, ...] | None,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    if run.name != "none":
+        pytest.skip("the same for every backend")
+    tiny.save_model(tmp_path / "model", tiny.bert_config(**other))
+    changes = {
+        "model.name_or_path": str(tmp_path / "model"),
+        "train.resume_from_checkpoint": str(run / "checkpoint-8"),
+    }
+    recipe = recipe_for(base, "none", tmp_path / "run", **changes)
+    capsys.readouterr()
+    assert train(recipe) == 2
+    said = capsys.readouterr().err
+    for word in words or ("is of another model", "layer.3"):
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.max_train_samples": 32}, ("num_samples 64, this run's 32",)),
+        ({"train.seed": 1}, ("seed 42, this run's 1",)),
+    ],
+    ids=["other-data", "other-seed"],
+)
+def test_an_order_of_samples_that_cannot_be_continued_is_refused(
+    run: Path, base: Recipe, changes: dict[str, Any], words: tuple[str, ...],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    if run.name != "none":
+        pytest.skip("the same for every backend")
+    path = str(run / "checkpoint-8")
+    recipe = recipe_for(base, "none", tmp_path / "run", **changes)
+    assert train(recipe, f"train.resume_from_checkpoint={path}") == 2
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+# -- settings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("detach", [False, True, "both"])
+@pytest.mark.parametrize("sharding", BACKENDS)
+def test_every_way_to_train_the_last_stage_trains_and_exports(
+    sharding: str, detach: bool | str, base: Recipe, tmp_path: Path
+):
+    changes = {"scpl.head.detach_features": detach, "train.max_steps": 2}
+    assert train(recipe_for(base, sharding, tmp_path / "run", **changes)) == 0
+    row = losses(tmp_path / "run")[-1]
+    _, _, last_stage, head, _ = row
+    assert (last_stage == head) is (detach is False)
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
+    names = {name.partition("/")[2] for name in tensors_of(tmp_path / "run" / "checkpoint-2")}
+    assert any(name.startswith("scpl_heads.layer_3.") for name in names) is (detach is not False)
+
+
+def test_without_an_evaluation_split_the_run_says_so_once_and_goes_on(
+    base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    changes = {"data.eval_file": DROP, "train.max_steps": 2}
+    recipe = recipe_for(base, "none", tmp_path / "run", **changes)
+    assert train(recipe) == 0
+    said = capsys.readouterr().err
+    assert said.count("has no evaluation split") == 1
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["eval_accuracy"] is None and result["majority_accuracy"] is None
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "has no evaluation split to score" in capsys.readouterr().err
+
+
+def test_a_run_learns(base: Recipe, tmp_path: Path):
+    """Two words tell the class: a few epochs are enough, whatever the random start."""
+    changes = {
+        "deepspeed.optimizer.params.lr": 1e-2, "train.num_train_epochs": 6, "train.save_steps": DROP,
+        "train.eval_strategy": False,
+    }  # fmt: skip
+    assert train(recipe_for(base, "none", tmp_path / "run", **changes)) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.8
