@@ -54,10 +54,10 @@ install() (
         echo "No GPU found. If pip is about to fetch gigabytes of CUDA packages, stop it and run" \
             "this again with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
     fi
-    echo "Installing scpl-ds[$extras] into $VENV"
-    pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
-    "${pip[@]}" torch # first: it is the largest, and what the others are built against
-    "${pip[@]}" -e ".[$extras]"
+    echo "Installing scpl-ds[$extras] into $VENV (minutes, once)"
+    pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c constraints.txt)
+    "${pip[@]}" torch # first and with its progress: it and what it brings are the largest
+    "${pip[@]}" --quiet -e ".[$extras]"
     for extra in ${extras//,/ }; do
         fingerprint >"$VENV/scpl_ds-$extra.stamp"
     done

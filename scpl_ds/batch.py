@@ -34,7 +34,8 @@ class MicroBatch:
     """
 
     inputs: dict[str, Tensor]
-    """What the Hugging Face model takes: ``input_ids`` [B, T], ``attention_mask``, ``labels`` ..."""
+    """What the Hugging Face model takes: ``input_ids`` [B, T], ``attention_mask``, ``labels``
+    ..."""
     tag: Tag
     hidden_states: Tensor | None = None
     """Output of the layer before the boundary, [B, T, D]; None before the first stage."""
@@ -60,7 +61,8 @@ class MicroBatch:
         )
 
     def with_hidden_states(self, hidden_states: Tensor) -> MicroBatch:
-        """What the next stage receives: the same inputs behind this stage's output, cut from autograd."""
+        """What the next stage receives: the same inputs behind this stage's output, cut from
+        autograd."""
         return dataclasses.replace(self, hidden_states=hidden_states.detach())
 
 
@@ -78,12 +80,15 @@ def as_inputs(item: Any) -> dict[str, Tensor]:
         inputs["labels"] = labels
     else:
         raise DataError(
-            f"A batch must be a dict of tensors or an (inputs, labels) pair, got {type(item).__name__}."
+            f"A batch must be a dict of tensors or an (inputs, labels) pair, got "
+            f"{type(item).__name__}."
         )
     for name, value in inputs.items():
         if not torch.is_tensor(value):
             raise DataError(
-                f"'{name}' of a batch is a {type(value).__name__}, not a tensor. Drop the column or "
-                "turn it into a tensor in the collator; engine.set_batch_fn takes a function for it."
+                f"'{name}' of a batch is a {type(value).__name__}, not a tensor. Drop the "
+                "column or "
+                "turn it into a tensor in the collator; engine.set_batch_fn takes a function "
+                "for it."
             )
     return inputs

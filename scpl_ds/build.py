@@ -65,7 +65,9 @@ class PipelineModule:
         if not isinstance(layers, PreTrainedModel):
             layers = list(layers)
             if loss_fn is None:
-                raise RecipeError("PipelineModule: a list of layers needs a loss_fn(outputs, labels).")
+                raise RecipeError(
+                    "PipelineModule: a list of layers needs a loss_fn(outputs, labels)."
+                )
         self.layers = layers
         self.num_stages, self.loss_fn = num_stages, loss_fn
         self.partition_method, self.input_example = partition_method, input_example
@@ -122,7 +124,8 @@ def initialize(
     *,
     seed: int = 42,
 ) -> Initialized:
-    """The counterpart of ``deepspeed.initialize``: the same config file with one more block, ``scpl``.
+    """The counterpart of ``deepspeed.initialize``: the same config file with one more block,
+    ``scpl``.
 
     Works under any launcher that sets RANK and WORLD_SIZE, and in one process without one (all
     stages then share it). Every rank may pass the whole model: each keeps only its stages' tensors.
@@ -152,7 +155,8 @@ def initialize(
     if model_parameters is not None or isinstance(optimizer, torch.optim.Optimizer):
         raise RecipeError(
             "initialize(): an optimizer object or model_parameters span all stages, but each stage "
-            "has its own optimizer. Pass optimizer=lambda parameters: torch.optim.AdamW(parameters, "
+            "has its own optimizer. Pass optimizer=lambda parameters: "
+            "torch.optim.AdamW(parameters, "
             "lr=...), or the config's optimizer section."
         )
     config = config if config is not None else getattr(args, "deepspeed_config", None)

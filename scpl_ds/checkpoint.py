@@ -156,6 +156,19 @@ class Reader:
                     f"says {size}: the checkpoint is damaged or half copied.{_others(folder)}"
                 )
 
+    def require_layers(self, count: int) -> None:
+        """Refuse the checkpoint of a longer model, whose first layers would fit by name and shape.
+
+        Raises:
+            CheckpointError: It does not hold ``count`` layers.
+        """
+        found = self.manifest["bounds"][-1]
+        if found != count:
+            raise CheckpointError(
+                f"{self.folder} is of another model: it has {found} layers, this one {count}. Use "
+                "the model it was saved from."
+            )
+
     def names(self) -> list[str]:
         """Every tensor of the checkpoint, local heads included, optimizer state not."""
         return list(self.manifest["tensors"])
@@ -182,14 +195,15 @@ class Reader:
             )
         if heads:
             log.warning(
-                "%s has no local head for layer %s (it was cut at layers %s): it starts afresh.",
-                self.folder, heads[0].split(".")[1], self.manifest["bounds"],
+                "%s has no local head for %s (it was cut at layers %s): it starts afresh.",
+                self.folder, heads[0].split(".")[1].replace("_", " "), self.manifest["bounds"],
             )  # fmt: skip
         result = _read(self.folder, {n: (where[n], n) for n in wanted if n in where})
         for name, tensor in result.items():
             if shapes is not None and tuple(tensor.shape) != tuple(shapes[name]):
                 raise CheckpointError(
-                    f"{self.folder} is of another model: '{name}' is {list(tensor.shape)} there and "
+                    f"{self.folder} is of another model: '{name}' is {list(tensor.shape)} there "
+                    "and "
                     f"{list(shapes[name])} here. Use the model and num_labels it was saved from."
                 )
         return result
@@ -226,9 +240,7 @@ def resolve(folder: Path, tag: str | None = None) -> Path:
     if tag is not None:
         folder = folder / tag
     if not folder.exists():
-        raise CheckpointError(
-            f"There is no checkpoint {folder}: no such folder.{_others(folder)}"
-        )
+        raise CheckpointError(f"There is no checkpoint {folder}: no such folder.{_others(folder)}")
     if tag is not None or _is_checkpoint(folder):
         return folder
     named = _latest(folder)
@@ -242,7 +254,9 @@ def resolve(folder: Path, tag: str | None = None) -> Path:
             "train.resume_from_checkpoint."
         )
     if named is not None:
-        log.warning("%s is missing or incomplete; %s is the last complete one.", named, complete[-1])
+        log.warning(
+            "%s is missing or incomplete; %s is the last complete one.", named, complete[-1]
+        )
     return complete[-1]
 
 
@@ -336,4 +350,3 @@ def _others(folder: Path) -> str:
         f"\nLatest complete checkpoint: {complete[-1]}. "
         f"Resume with train.resume_from_checkpoint={complete[-1]}"
     )
-

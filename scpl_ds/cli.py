@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from scpl_ds import __version__
 from scpl_ds.errors import BoundaryError, OtherRankFailed, ScplError
@@ -53,8 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; argparse puts the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"scpl-ds: {message} (`{self.prog} --help` shows what there is)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="scpl-ds",
         description="Fine-tune Hugging Face transformers in pipeline stages that never wait for a "
         "backward pass. A recipe alone means `train`.",
@@ -62,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"scpl-ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         return command
@@ -70,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train a recipe, on the launcher's ranks or in this process.")
     train.add_argument("recipe", help="YAML or JSON file")
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
-    plan = add("plan", _plan, "Print how a recipe's model is cut; starts no processes, loads no weights.")
+    plan = add(
+        "plan", _plan, "Print how a recipe's model is cut; starts no processes, loads no weights."
+    )
     plan.add_argument("recipe", help="YAML or JSON file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     plan.add_argument("--ranks", type=_ranks, default=None, help="ranks to place the stages on")
@@ -161,7 +172,7 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(path: str, overrides: list[str]):  # noqa: ANN202 - (Recipe, Path), imported lazily
+def _open(path: str, overrides: list[str]):
     """A run's recipe and the checkpoint meant: the folder itself, or the latest in it."""
     from scpl_ds import checkpoint
     from scpl_ds.run_folder import open_run
@@ -210,7 +221,9 @@ def _log_to_console() -> None:
     """Rank 0 at INFO, the others at WARNING with their rank in front."""
     rank = _rank()
     console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    console.setFormatter(
+        logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s")
+    )
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root = logging.getLogger("scpl_ds")
     root.setLevel(logging.DEBUG)

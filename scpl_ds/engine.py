@@ -234,7 +234,8 @@ class Engine:
         return torch.tensor(sum(values) / len(values))
 
     def metrics(self) -> dict[str, Tensor]:
-        """Numbers of the last step of this rank's stages (0-dim tensors; reading one waits for it)."""
+        """Numbers of the last step of this rank's stages (0-dim tensors; reading one waits for
+        it)."""
         result: dict[str, Tensor] = {}
         for stage in self.stages:
             for name, value in stage.metrics.items():

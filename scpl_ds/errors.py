@@ -6,7 +6,8 @@ Each class also derives from the builtin that people catch, so ``except ValueErr
 
 
 class ScplError(Exception):
-    """Base of all errors that ``scpl_ds`` raises on purpose; the CLI prints them without a traceback."""
+    """Base of all errors that ``scpl_ds`` raises on purpose; the CLI prints them without a
+    traceback."""
 
 
 class OtherRankFailed(ScplError):
@@ -30,7 +31,8 @@ class DataError(ScplError, ValueError):
 
 
 class BoundaryError(ScplError, RuntimeError):
-    """Something went wrong between two stages: a peer is gone, late, or sent what was not expected."""
+    """Something went wrong between two stages: a peer is gone, late, or sent what was not
+    expected."""
 
 
 class CheckpointError(ScplError, RuntimeError):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scpl_ds import checkpoint
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
@@ -106,7 +107,7 @@ def evaluate_run(
     model = together(mesh, lambda: cut_model(recipe, data.facts))
     loader = together(mesh, lambda: _loader(recipe, data, mesh))
     engine = make_engine(recipe, model, mesh, device, total_steps=1)
-    together(mesh, lambda: engine.load_checkpoint(folder, load_optimizer_states=False))
+    together(mesh, lambda: _load(engine, folder))
     own: list[Tensor] = []
     score = evaluate(engine, loader, logits=own)
     if logits_file is not None:
@@ -117,6 +118,11 @@ def evaluate_run(
             labels = torch.from_numpy(data.eval.labels)
             save_file({"logits": logits, "labels": labels}, logits_file)
     return {**score.metrics(), "samples": float(score.total)}
+
+
+def _load(engine: Engine, folder: Path) -> None:
+    checkpoint.Reader(folder).require_layers(engine.plan.bounds[-1])
+    engine.load_checkpoint(folder, load_optimizer_states=False)
 
 
 def _loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader:

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -80,6 +79,7 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     weight_map: dict[str, str] = {}
+    dtypes: set[str] = set()
     total = 0
     for number, file in enumerate(files, 1):
         own = [name for name in names if reader.manifest["tensors"][name] == file]
@@ -88,14 +88,13 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
         save_file(tensors, partial / shard, metadata={"format": "pt"})
         (partial / shard).chmod(0o644)
         weight_map |= dict.fromkeys(tensors, shard)
+        dtypes |= {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     metadata = {"total_size": total, "written_by": f"{_WRITER} {__version__}"}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_text(partial / INDEX, json.dumps(index, indent=2))
     config.architectures = [model_class(config, task).__name__]
-    with safe_open(partial / shard, "pt") as last:
-        dtype = last.get_tensor(next(iter(last.keys()))).dtype
-    config.dtype = str(dtype).removeprefix("torch.")
+    config.dtype = dtypes.pop() if len(dtypes) == 1 else None
     config.save_pretrained(partial)
     if out.exists():
         old = out.with_name(f"{out.name}.old")

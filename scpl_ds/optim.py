@@ -21,7 +21,8 @@ from scpl_ds.recipe_sections import TrainSection
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerState:
-    """An optimizer's memory, whole (not sharded) and by parameter name, the same for every backend."""
+    """An optimizer's memory, whole (not sharded) and by parameter name, the same for every
+    backend."""
 
     step: int
     """Optimizer steps taken, for Adam's bias correction."""

@@ -41,7 +41,8 @@ _TABLES: dict[str, dict[str, str]] = {
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Registered names of one kind (``objective``, ``sharding``, ``data``, ``tracker``, ``schedule``)."""
+    """Registered names of one kind (``objective``, ``sharding``, ``data``, ``tracker``,
+    ``schedule``)."""
     return tuple(_TABLES[kind])
 
 

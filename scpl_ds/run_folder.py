@@ -21,7 +21,8 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "sa
 
 
 class RunFolder:
-    """``recipe.yaml plan.txt model/ logs/ metrics.jsonl checkpoint-N/ latest export/ result.json``."""
+    """``recipe.yaml plan.txt model/ logs/ metrics.jsonl checkpoint-N/ latest export/
+    result.json``."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -73,7 +74,8 @@ class RunFolder:
             )
 
     def prepare(self, recipe: Recipe, *, resuming: bool) -> None:
-        """Make the folder on the coordinating rank; an earlier run there is moved aside, not lost."""
+        """Make the folder on the coordinating rank; an earlier run there is moved aside, not
+        lost."""
         if not resuming and self.is_run():
             aside = self._free_name()
             self.path.resolve().rename(aside)
@@ -100,7 +102,8 @@ def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunF
     run = RunFolder(Path(path))
     if not run.recipe.is_file():
         raise RecipeError(
-            f"{path} is not a run folder (it has no recipe.yaml). `scpl-ds train RECIPE` makes one; "
+            f"{path} is not a run folder (it has no recipe.yaml). `scpl-ds train RECIPE` makes "
+            "one; "
             "name it as train.output_dir says, runs/<recipe> by default."
         )
     # Quoted: the value is YAML, and a path may hold anything.
@@ -109,7 +112,8 @@ def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunF
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what determines the numbers, and the git commit of the working folder."""
+    """Installed versions of what determines the numbers, and the git commit of the working
+    folder."""
     found = {}
     for name in ("scpl-ds", *_PACKAGES):
         try:

@@ -1,7 +1,7 @@
 """In which order: a schedule is a list of actions, drawn and checked without any process.
 
-The engine walks the actions of ``stream``; ``simulate`` and ``render`` lay any schedule out in time,
-so that the drawings in the docs are made by the code they explain.
+The engine walks the actions of ``stream``; ``simulate`` and ``render`` lay any schedule out in
+time, so that the drawings in the docs are made by the code they explain.
 """
 
 from __future__ import annotations

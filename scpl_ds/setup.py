@@ -73,8 +73,10 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
     """
     if recipe.model.task != "sequence-classification":
         raise RecipeError(
-            f"model.task: '{recipe.model.task}' can be cut and planned, but not trained by a recipe "
-            "yet: the local objectives need one class label per sample. Use sequence-classification."
+            f"model.task: '{recipe.model.task}' can be cut and planned, but not trained by a "
+            "recipe "
+            "yet: the local objectives need one class label per sample. Use "
+            "sequence-classification."
         )
     env = RankEnv.from_environ()
     pipeline_ranks, dp_size = check_world(recipe, env.world_size)
@@ -145,8 +147,10 @@ def _read(recipe: Recipe) -> Data:
     majority = None
     if isinstance(held_out, TokenizedDataset):
         majority = float(np.bincount(held_out.labels).max() / len(held_out))
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int), "load_tokenizer returns tokenizers that can pad"
     facts = Facts(
-        num_labels, tuple(splits.label_names), int(tokenizer.pad_token_id), len(train),
+        num_labels, tuple(splits.label_names), pad, len(train),
         len(held_out), majority,
     )  # fmt: skip
     return Data(facts, tokenizer, train, held_out)

@@ -24,7 +24,8 @@ HEADS = "scpl_heads"
 
 
 class StageBody(Protocol):
-    """The slice of a model that a stage runs: ``StageModule`` (Hugging Face) or ``LayerListStage``."""
+    """The slice of a model that a stage runs: ``StageModule`` (Hugging Face) or
+    ``LayerListStage``."""
 
     start: int
     end: int
@@ -120,7 +121,8 @@ class Stage:
         """Of the last forward; on the last stage only."""
 
     def forward(self, batch: MicroBatch) -> MicroBatch:
-        """Train-mode forward; keeps the local loss for ``backward``, returns what the next stage gets.
+        """Train-mode forward; keeps the local loss for ``backward``, returns what the next stage
+        gets.
 
         Dropout is drawn from a seed made of (seed, step, micro-batch, first layer, dp rank), not
         from a running state: the same numbers whatever else runs in this process or before it.
@@ -131,7 +133,8 @@ class Stage:
             output = self._run(batch)
         if output["loss"] is None:
             raise DataError(
-                f"stage {self.index} found no 'labels' in micro-batch {batch.tag.micro_batch} of step "
+                f"stage {self.index} found no 'labels' in micro-batch {batch.tag.micro_batch} "
+                "of step "
                 f"{batch.tag.step}; it holds {sorted(batch.inputs)}. Local objectives need labels."
             )
         self._loss = output["loss"]

@@ -145,10 +145,13 @@ class Run:
         train = self.recipe.train
         per_epoch = self.train_loader.num_micro_batches_per_epoch
         per_epoch //= self.recipe.deepspeed.batch(self.mesh.dp_size).accumulation
-        total = train.max_steps if train.max_steps > 0 else round(per_epoch * train.num_train_epochs)
+        total = (
+            train.max_steps if train.max_steps > 0 else round(per_epoch * train.num_train_epochs)
+        )
         return Progress(max(1, total), per_epoch)
 
     def _restore(self, folder: Path) -> None:
+        checkpoint.Reader(folder).require_layers(self.model.plan.bounds[-1])
         _, state = self.engine.load_checkpoint(folder)
         if "data" not in state:
             raise CheckpointError(
@@ -181,7 +184,9 @@ class Run:
         shown = min(sizes.accumulation, 4)
         slots = simulate(stream, self.engine.num_stages, max(2, shown))
         log.info("%s\n", self._plan_text())
-        log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, render(slots))
+        log.info(
+            "schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, render(slots)
+        )
         log.info(
             "global batch %d = micro-batch %d x %d micro-batches x %d dp; %d training and %d "
             "evaluation samples; %d steps (%.2f epochs); clip %g per stage; run folder %s",
@@ -234,6 +239,8 @@ class Run:
         train, progress = self.recipe.train, self.progress
         batches = iter(self.train_loader) if self.engine.is_first_stage() else None
         self.meter.restart()
+        if progress.done >= progress.total_steps:
+            self._nothing_left()
         for step in range(progress.done + 1, progress.total_steps + 1):
             before = (self.engine.samples_seen, self.engine.tokens_seen)
             self.engine.train_batch(batches)
@@ -262,6 +269,20 @@ class Run:
             barrier(self.mesh)
             self._show()
             return self._finish()
+
+    def _nothing_left(self) -> None:
+        """Resumed behind the last step: give the result that the run would have ended with."""
+        done, train = self.progress.done, self.recipe.train
+        if self.is_main:
+            log.warning(
+                "Nothing is left to train: the checkpoint is at step %d of %d. To go on, raise "
+                "train.num_train_epochs or train.max_steps.",
+                done, self.progress.total_steps,
+            )  # fmt: skip
+        if self.eval_loader is not None and train.eval_strategy != "no":
+            self.last_eval = evaluate(self.engine, self.eval_loader).metrics()
+        if train.export:
+            self._save(done)
 
     def _post(self, step: int) -> None:
         values = {name: float(value) for name, value in self.engine.metrics().items()}
@@ -326,9 +347,7 @@ class Run:
 
     def _export(self) -> Path:
         latest = checkpoint.resolve(self.folder.path)
-        return export.export_checkpoint(
-            latest, self.recipe.export_dir, task=self.recipe.model.task
-        )
+        return export.export_checkpoint(latest, self.recipe.export_dir, task=self.recipe.model.task)
 
     def _exported_accuracy(self, folder: Path | None) -> float | None:
         """Of the export, loaded as anybody would and scored on all evaluation data."""
@@ -346,4 +365,3 @@ class Run:
             drop_last=False,
         )
         return score_model(model, whole).metrics()["val/accuracy"]
-

@@ -1,4 +1,5 @@
-"""What ranks tell each other outside the boundaries: metrics without waiting, facts with waiting."""
+"""What ranks tell each other outside the boundaries: metrics without waiting, facts with
+waiting."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def broadcast_tensor(mesh: Mesh, tensor: Tensor, *, source: int) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh) -> None:
-    """Average ``.grad`` over the data-parallel ranks of this stage, in one flat message per dtype."""
+    """Average ``.grad`` over the data-parallel ranks of this stage, in one flat message per
+    dtype."""
     if mesh.dp_size == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

@@ -29,7 +29,8 @@ class Grid:
 
 
 class Mesh:
-    """P pipeline ranks x D data-parallel ranks; global rank = pp * D + dp, as DeepSpeed lays them out.
+    """P pipeline ranks x D data-parallel ranks; global rank = pp * D + dp, as DeepSpeed lays them
+    out.
 
     The data-parallel neighbours of a stage have consecutive ranks, so a stage's gradient traffic
     stays inside a node while only activations cross nodes.

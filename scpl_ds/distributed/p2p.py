@@ -1,4 +1,5 @@
-"""One message per micro-batch per boundary, forward only: a checked header, then one flat payload."""
+"""One message per micro-batch per boundary, forward only: a checked header, then one flat
+payload."""
 
 from __future__ import annotations
 
@@ -187,7 +188,8 @@ class BoundaryChannel:
 
 
 def _pack(tensors: dict[str, Tensor]) -> tuple[list[list[Any]], Tensor]:
-    """Copy tensors behind each other into one byte buffer on the CPU, with a table of what is where."""
+    """Copy tensors behind each other into one byte buffer on the CPU, with a table of what is
+    where."""
     layout: list[list[Any]] = []
     offset = 0
     for name, tensor in tensors.items():

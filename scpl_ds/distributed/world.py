@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from scpl_ds.errors import RecipeError
 
@@ -51,7 +52,8 @@ class RankEnv:
 
 
 def pick_device(env: RankEnv) -> torch.device:
-    """The GPU of this rank, or the CPU when there is none. Ranks share GPUs when there are too few."""
+    """The GPU of this rank, or the CPU when there is none. Ranks share GPUs when there are too
+    few."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
@@ -85,9 +87,7 @@ def init_world(env: RankEnv, device: torch.device, *, timeout_s: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if enough_gpus else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
 
@@ -113,6 +113,7 @@ def has_begun() -> bool:
 
 
 def shut_down() -> None:
-    """Leave the world; safe to call twice. After an error the others notice the closed connections."""
+    """Leave the world; safe to call twice. After an error the others notice the closed
+    connections."""
     if dist.is_initialized():
         dist.destroy_process_group()

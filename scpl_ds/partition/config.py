@@ -40,7 +40,8 @@ def load_config(
     # transformers raises OSError, ValueError or KeyError, depending on what is missing or broken.
     except Exception as error:
         raise PartitionError(
-            f"model.name_or_path: '{name_or_path}' gives no model config ({one_line(error)}). Name a "
+            f"model.name_or_path: '{name_or_path}' gives no model config ({one_line(error)}). "
+            "Name a "
             "hub model or a folder with config.json; `demo` is the embedded model. Without a "
             "network, download the model first and set HF_HUB_OFFLINE=1."
         ) from error

@@ -1,4 +1,5 @@
-"""DeepSpeed's way of giving a pipeline: a list of layers, each taking what the one before returned."""
+"""DeepSpeed's way of giving a pipeline: a list of layers, each taking what the one before
+returned."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from scpl_ds.partition.stage_module import StageOutput
 
 
 class LayerSpec:
-    """A layer that is built later, and only by the stage that owns it (as in ``deepspeed.pipe``)."""
+    """A layer that is built later, and only by the stage that owns it (as in
+    ``deepspeed.pipe``)."""
 
     def __init__(
         self, typename: Callable[..., Any], *module_args: Any, **module_kwargs: Any
@@ -65,7 +67,8 @@ Layer = nn.Module | BuildsLayer | Callable[[Any], Any]
 
 
 class LayerListStage(nn.Module):
-    """Layers ``[start, end)`` of a list; the counterpart of ``StageModule`` for models given as one.
+    """Layers ``[start, end)`` of a list; the counterpart of ``StageModule`` for models given as
+    one.
 
     Tensors are named ``layers.<index in the whole list>.*``. Labels and the first layer's input are
     the batch's ``labels`` and ``inputs``; between layers goes one tensor.
@@ -90,7 +93,8 @@ class LayerListStage(nn.Module):
         self._calls: list[Callable[[Any], Any]] = []
         tied: dict[str, nn.Module] = {}
         for index in range(start, end):
-            # Seeded by the layer's own number: a layer starts the same in whatever stage it is built.
+            # Seeded by the layer's own number: a layer starts the same in whatever stage it is
+            # built.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed((seed * 1_000_003 + index) % 2**63)
                 self._calls.append(self._build(layers[index], index, tied))
@@ -140,7 +144,8 @@ class LayerListStage(nn.Module):
         if not torch.is_tensor(value) or not value.is_floating_point():
             kind = value.dtype if torch.is_tensor(value) else type(value).__name__
             raise PartitionError(
-                f"layer {self.end - 1}, the last of its stage, returned a {kind}; one floating-point "
+                f"layer {self.end - 1}, the last of its stage, returned a {kind}; one "
+                "floating-point "
                 "tensor can cross a boundary. Cut elsewhere, or keep side values in the batch."
             )
 
@@ -165,7 +170,8 @@ def check_layers(layers: Sequence[Layer], bounds: Sequence[int]) -> None:
             first, at = owner.setdefault(layer.key, (stage, index))
             if first != stage:
                 raise PartitionError(
-                    f"TiedLayerSpec('{layer.key}') ties layers {at} and {index}, which are in stages "
+                    f"TiedLayerSpec('{layer.key}') ties layers {at} and {index}, which are in "
+                    "stages "
                     f"{first} and {stage}: no gradient crosses stages, so they cannot share a "
                     "weight. Cut so that both are in one stage, or use two LayerSpecs (untied)."
                 )

@@ -49,7 +49,8 @@ class StageBackend(abc.ABC):
     @abc.abstractmethod
     def end_micro_batch(self, lr: float | None) -> Tensor | None:
         """After each backward. With a learning rate (the last micro-batch of a step): average the
-        gradients over the data-parallel ranks, clip, update, and return the norm before clipping."""
+        gradients over the data-parallel ranks, clip, update, and return the norm before
+        clipping."""
 
     @abc.abstractmethod
     def parameters_by_name(self) -> dict[str, Tensor]:

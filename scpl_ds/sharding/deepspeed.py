@@ -238,6 +238,7 @@ class DeepSpeedBackend(StageBackend):
             if parameter.requires_grad:
                 for key in keys:
                     whole = safe_get_full_optimizer_state(parameter, key)
+                    assert whole is not None, f"DeepSpeed has no {key} for {name}"
                     moments[key][name] = whole.detach().to("cpu", copy=True)
         return OptimizerState(step, moments)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from scpl_ds.batch import MicroBatch, Tag
 from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
+from scpl_ds.distributed.p2p import BoundaryChannel, Expected
 from scpl_ds.errors import BoundaryError, RecipeError
 from tests.support import runs
 from tests.support.distributed import distributed, fork_rank, wait_for

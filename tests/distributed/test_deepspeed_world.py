@@ -1,4 +1,5 @@
-"""A stage is DeepSpeed's whole world. These fail loudly when a DeepSpeed release changes under us."""
+"""A stage is DeepSpeed's whole world. These fail loudly when a DeepSpeed release changes under
+us."""
 
 from __future__ import annotations
 

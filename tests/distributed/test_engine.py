@@ -80,7 +80,9 @@ def test_metrics_reach_rank_0_in_step_order_and_only_once_all_ranks_have_posted(
         assert list(mailbox.poll()) == [(20, {"x": 1.5})]
 
 
-@pytest.mark.parametrize("options", [{}, {"sharding": "deepspeed", "zero": 1}], ids=["none", "zero1"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sharding": "deepspeed", "zero": 1}], ids=["none", "zero1"]
+)
 @pytest.mark.parametrize("stages, ranks, dp", [(2, 2, 1), (2, 2, 2), (4, 2, 1)])
 @distributed(lambda ranks, dp: ranks * dp)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(

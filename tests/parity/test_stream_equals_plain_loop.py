@@ -23,7 +23,8 @@ STEPS = 20
 def test_streamed_parameters_equal_the_plain_loops_to_the_bit_with_dropout(
     stages: int, ranks: int, detach: bool | str
 ) -> None:
-    """20 steps, dropout on, 2 micro-batches a step, clipping and warm-up on; K stages on P ranks."""
+    """20 steps, dropout on, 2 micro-batches a step, clipping and warm-up on; K stages on P
+    ranks."""
     engine = runs.engine(stages, accumulation=2, detach=detach)
     data = runs.batches()
     losses = [engine.train_batch(data) for _ in range(STEPS)]
@@ -83,7 +84,8 @@ def test_deepspeed_stages_equal_plain_torch_stages(
 
 @distributed(2)
 def test_no_gradient_crosses_a_boundary() -> None:
-    """What a stage computes from carries no gradient, and its loss does not reach the stage before."""
+    """What a stage computes from carries no gradient, and its loss does not reach the stage
+    before."""
     engine = runs.engine(2)
     stage, first = engine.stages[-1], engine.is_first_stage()
     received: list[torch.Tensor] = []

@@ -86,7 +86,9 @@ def fork_rank(rank: int, world: int, folder: Path, body: Callable[[], None]) -> 
     except BaseException:
         path = folder / f"error-{rank}"
         if not path.exists():
-            path.write_text(f"{time.monotonic()}\nrank {rank} of {world}:\n{traceback.format_exc()}")
+            path.write_text(
+                f"{time.monotonic()}\nrank {rank} of {world}:\n{traceback.format_exc()}"
+            )
     finally:
         os._exit(status)
 

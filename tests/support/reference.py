@@ -71,9 +71,12 @@ class PlainLoop:
                 loss = torch.zeros(())
                 if head is not None:
                     mask = batch.get("attention_mask")
-                    loss = loss + head(
-                        output.hidden_states, attention_mask=mask, labels=batch["labels"]
-                    ).loss
+                    loss = (
+                        loss
+                        + head(
+                            output.hidden_states, attention_mask=mask, labels=batch["labels"]
+                        ).loss
+                    )
                 if output.loss is not None:
                     loss = loss + output.loss
                 (loss / self.accumulation).backward()
@@ -99,10 +102,11 @@ class PlainLoop:
 
 def average_gradients(loops: Sequence[PlainLoop]) -> None:
     """What data parallelism does, between loops that each play one rank."""
-    for group in zip(*(p for loop in loops for p in [sum(loop.parameters, [])]), strict=True):
-        grads = [p.grad for p in group]
-        if any(g is None for g in grads):
+    of_loops = [[p for stage in loop.parameters for p in stage] for loop in loops]
+    for group in zip(*of_loops, strict=True):
+        gradients = [p.grad for p in group if p.grad is not None]
+        if len(gradients) < len(group):
             continue
-        mean = torch.stack(grads).sum(0) / len(grads)
+        mean = torch.stack(gradients).sum(0) / len(gradients)
         for parameter in group:
             parameter.grad = mean.clone()

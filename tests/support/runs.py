@@ -95,7 +95,9 @@ def plain_loop(like: scpl_ds.Engine, *, accumulation: int = 1, **options: Any) -
         if end < anatomy.num_layers or detach is not False:
             torch.manual_seed((SEED * 1_000_003 + end) % 2**63)
             head = SupCon(
-                SupCon.Options(projection="mlp"), hidden_size=anatomy.hidden_size, num_labels=CLASSES
+                SupCon.Options(projection="mlp"),
+                hidden_size=anatomy.hidden_size,
+                num_labels=CLASSES,
             )
         heads.append(head)
     return PlainLoop(

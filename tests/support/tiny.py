@@ -1,10 +1,12 @@
-"""A run small enough for a test: a tiny BERT with its tokenizer, two classes of made-up sentences."""
+"""A run small enough for a test: a tiny BERT with its tokenizer, two classes of made-up
+sentences."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import csv
+import importlib
 import json
 import random
 import sys
@@ -14,9 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModel, BertConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from scpl_ds.cli import main
 from scpl_ds.partition._hf import quiet_transformers
 from scpl_ds.trackers._base import Tracker
 
@@ -53,11 +58,11 @@ def bert_config(**options: Any) -> BertConfig:
     return BertConfig(**{**given, **options})
 
 
-def save_model(folder: Path, config: BertConfig | None = None) -> Path:
+def save_model(folder: Path, config: PretrainedConfig | None = None) -> Path:
     """A checkpoint without a classifier on top, as a pretrained encoder is, and its tokenizer."""
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
-        BertForSequenceClassification(config or bert_config()).bert.save_pretrained(folder)
+        AutoModel.from_config(config or bert_config()).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -140,6 +145,36 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
+def recipe_for(base: dict[str, Any], sharding: str, run: Path, **changes: Any) -> dict[str, Any]:
+    """``base`` under a backend (``deepspeed``: ZeRO-1) into a run folder."""
+    zero = {"stage": 1 if sharding == "deepspeed" else 0}
+    common = {"scpl.sharding": sharding, "deepspeed.zero_optimization": zero}
+    return put(base, {**common, "train.output_dir": str(run), **changes})
+
+
+def train(recipe: dict[str, Any], *overrides: str) -> int:
+    """``scpl-ds train`` in a world of its own; the recipe lies beside the run folder."""
+    run = Path(recipe["train"]["output_dir"])
+    run.parent.mkdir(parents=True, exist_ok=True)
+    path = write_recipe(run.with_suffix(".yaml"), recipe)
+    with own_world():
+        return main(["train", str(path), *overrides])
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, optimizer state included, by ``<file>/<name>``."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    assert files, checkpoint
+    return {f"{f.name}/{name}": t for f in files for name, t in load_file(f).items()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Equal to the bit."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+
+
 @contextlib.contextmanager
 def own_world() -> Iterator[None]:
     """One thread, and no process group left behind: the next run of this process makes its own."""
@@ -151,9 +186,9 @@ def own_world() -> Iterator[None]:
         torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
-        communicator = sys.modules.get("deepspeed.comm.comm")
-        if communicator is not None:  # DeepSpeed keeps groups of the world that is gone
-            communicator.cdb = None  # type: ignore[attr-defined]
+        if "deepspeed" in sys.modules:  # it keeps the groups of the world that is gone
+            sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
+            importlib.reload(sys.modules["deepspeed.utils.groups"])
 
 
 class Bomb(Tracker):

@@ -1,0 +1,118 @@
+"""A copy of the repository to run the documentation in, with its commands made short."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scpl_ds.data.demo import prepare_demo
+from tests.docs.pages import BLOCKS, ROOT, Block
+
+TRAINS = re.compile(r"launch/\w+\.sh|\btrain (?=\S+\.yaml)")
+SHORT = ["train.max_steps=2", "data.max_train_samples=96", "data.max_eval_samples=32"]
+"""Appended to every command that trains, unless it says so itself."""
+
+Finished = subprocess.CompletedProcess[str]
+
+
+class Sandbox:
+    """Where the blocks run, and what became of those that did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("launch", "recipes", "README.md", "pyproject.toml", "constraints.txt"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+            copy(ROOT / name, folder / name)
+        activate = folder / ".venv" / "bin" / "activate"
+        activate.parent.mkdir(parents=True)
+        activate.write_text(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n")
+        self._finished: dict[str, Finished] = {}
+
+    def environment(self) -> dict[str, str]:
+        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        kept = {key: value for key, value in os.environ.items() if key not in launcher}
+        return kept | {
+            "SCPL_DS_VENV": sys.prefix,
+            "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "offline",
+        }
+
+    def bash(self, block: Block) -> Finished:
+        """Run a bash block once."""
+        if block.name not in self._finished:
+            self._finished[block.name] = self._run(["bash", "-euo", "pipefail", "-c", short(block)])
+        return self._finished[block.name]
+
+    def python(self) -> dict[str, str]:
+        """Run every page's python blocks, a process a page; page -> traceback ("" when good)."""
+        if "python" not in self._finished:
+            pages: dict[str, str] = {}
+            for block in BLOCKS:
+                if block.language == "python" and block.reason is None:
+                    # Blank lines in front, so that a traceback has the page's line numbers.
+                    code = pages.get(block.page, "")
+                    code += "\n" * (block.line - code.count("\n")) + block.code
+                    pages[block.page] = code
+            work = self.folder / "pages.json"
+            work.write_text(json.dumps(pages))
+            runner = str(Path(__file__).with_name("run_pages.py"))
+            self._finished["python"] = self._run([sys.executable, runner, str(work)])
+        finished = self._finished["python"]
+        assert finished.returncode == 0, finished.stdout
+        return json.loads((self.folder / "pages.json.results").read_text())
+
+    def _run(self, command: list[str]) -> Finished:
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment(), text=True, timeout=240,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def short(block: Block) -> str:
+    """The block with its training commands made short."""
+    lines = []
+    for line in block.code.splitlines():
+        command, hash_, comment = line.partition("  #")
+        if TRAINS.search(command) and "--help" not in command:
+            added = [o for o in SHORT if f"{o.partition('=')[0]}=" not in command]
+            command = " ".join([command.rstrip(), *added])
+        lines.append(command + hash_ + comment)
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
+    prepare_demo()
+    return Sandbox(tmp_path_factory.mktemp("docs"))
+
+
+@pytest.fixture(scope="session")
+def quickstart(sandbox: Sandbox) -> Finished:
+    """The README's first block: its run folder is what other blocks work on."""
+    block = next(b for b in BLOCKS if "quickstart.sh" in b.code)
+    return sandbox.bash(block)
+
+
+@pytest.fixture(scope="session")
+def run_bash(sandbox: Sandbox, quickstart: Finished) -> Callable[[Block], Finished]:
+    return sandbox.bash
+
+
+@pytest.fixture(scope="session")
+def python_pages(sandbox: Sandbox, quickstart: Finished) -> dict[str, str]:
+    """What became of every page's python blocks, after the commands of all pages."""
+    for block in BLOCKS:
+        if block.language == "bash" and block.reason is None and "export" in block.code:
+            sandbox.bash(block)
+    return sandbox.python()

@@ -1,0 +1,68 @@
+"""What the documentation says about the code is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from scpl_ds.schedules import bubble_fraction, one_f_one_b, render_both, simulate, stream
+from tests.docs.pages import BLOCKS, PAGES, ROOT
+
+
+def by_path(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
+def test_the_drawing_is_the_one_the_code_prints(page: str):
+    drawings = [b.code for b in BLOCKS if b.page == page and "1F1B with backprop" in b.code]
+    assert render_both(4, 4) + "\n" in drawings
+
+
+def test_the_bubbles_in_the_readme_are_the_simulated_ones():
+    backprop = simulate(one_f_one_b, 4, 8, gradients_travel_back=True)
+    numbers = [
+        f"{bubble_fraction(slots):.1%}".replace("%", " %")
+        for slots in (backprop, simulate(stream, 4, 8), simulate(stream, 4, 80))
+    ]
+    (row,) = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("| bubble, 4 stages x 8 micro-batches")
+    ]
+    assert re.findall(r"[\d.]+ %", row) == numbers
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_path)
+def test_links_inside_the_repository_lead_somewhere(page: Path):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_path)
+def test_recipes_scripts_and_sources_that_are_named_exist(page: Path):
+    pattern = r"\b((?:recipes|launch|scpl_ds|tests|docs)/[\w./-]+\.(?:yaml|sh|py|md|json))\b"
+    for name in re.findall(pattern, page.read_text()):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = str(page.relative_to(ROOT / "docs"))
+        assert name == "index.md" or f"({name})" in index, name

@@ -1,0 +1,43 @@
+"""One finished run per backend, shared by the tests that look at it or go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import tiny
+from tests.support.tiny import put, recipe_for, train
+
+
+@pytest.fixture(autouse=True)
+def world() -> Iterator[None]:
+    """No process group outlives a test."""
+    with tiny.own_world():
+        yield
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Recipe of a run of 8 steps in 2 stages that saves after 3, 6 and 8."""
+    recipe = tiny.make(tmp_path_factory.mktemp("tiny"))
+    changes = {
+        "scpl.objective": {"name": "supcon", "projection": "linear"},
+        "train.save_steps": 3,
+        "train.save_total_limit": 2,
+        "train.logging_steps": 1,
+    }
+    return put(recipe, changes)
+
+
+@pytest.fixture(scope="session", params=["none", "deepspeed"])
+def run(
+    request: pytest.FixtureRequest, base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run; the one under DeepSpeed is tracked by Weights & Biases, offline."""
+    folder = tmp_path_factory.mktemp("whole") / request.param
+    trackers = [{"name": "wandb", "mode": "offline"}] if request.param == "deepspeed" else []
+    assert train(recipe_for(base, request.param, folder, trackers=trackers)) == 0
+    return folder
