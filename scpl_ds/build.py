@@ -248,7 +248,15 @@ def build_engine(
 
 
 def _make_objective(kind: Any, options: Any, num_labels: int | None, hidden: int | None) -> Any:
-    return kind(options, hidden_size=hidden, num_labels=num_labels)
+    try:
+        return kind(options, hidden_size=hidden, num_labels=num_labels)
+    except RecipeError as error:
+        if hidden is not None:
+            raise
+        raise RecipeError(
+            f"{error} With a list of layers the width of a boundary is known from "
+            "PipelineModule(..., input_example=<one batch of inputs>)."
+        ) from error
 
 
 def _constant_or_scheduled(section: DeepSpeedSection) -> Callable[[int], float]:

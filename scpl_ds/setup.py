@@ -74,8 +74,7 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
     if recipe.model.task != "sequence-classification":
         raise RecipeError(
             f"model.task: '{recipe.model.task}' can be cut and planned, but not trained by a "
-            "recipe "
-            "yet: the local objectives need one class label per sample. Use "
+            "recipe yet: the local objectives need one class label per sample. Use "
             "sequence-classification."
         )
     env = RankEnv.from_environ()

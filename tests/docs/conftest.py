@@ -21,6 +21,8 @@ TRAINS = re.compile(r"launch/\w+\.sh|\btrain (?=\S+\.yaml)")
 SHORT = ["train.max_steps=2", "data.max_train_samples=96", "data.max_eval_samples=32"]
 """Appended to every command that trains, unless it says so itself."""
 
+LAST_COMMAND = "the python command that quickstart prints"
+
 Finished = subprocess.CompletedProcess[str]
 
 
@@ -29,6 +31,8 @@ class Sandbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.result = folder / "quickstart.json"
+        """What quickstart wrote as result.json, before other blocks go on from its run."""
         for name in ("launch", "recipes", "README.md", "pyproject.toml", "constraints.txt"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
             copy(ROOT / name, folder / name)
@@ -54,10 +58,10 @@ class Sandbox:
             self._finished[block.name] = self._run(["bash", "-euo", "pipefail", "-c", short(block)])
         return self._finished[block.name]
 
-    def python(self) -> dict[str, str]:
+    def python(self, more: dict[str, str]) -> dict[str, str]:
         """Run every page's python blocks, a process a page; page -> traceback ("" when good)."""
         if "python" not in self._finished:
-            pages: dict[str, str] = {}
+            pages = dict(more)
             for block in BLOCKS:
                 if block.language == "python" and block.reason is None:
                     # Blank lines in front, so that a traceback has the page's line numbers.
@@ -100,8 +104,11 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
 @pytest.fixture(scope="session")
 def quickstart(sandbox: Sandbox) -> Finished:
     """The README's first block: its run folder is what other blocks work on."""
-    block = next(b for b in BLOCKS if "quickstart.sh" in b.code)
-    return sandbox.bash(block)
+    finished = sandbox.bash(next(b for b in BLOCKS if "quickstart.sh" in b.code))
+    result = sandbox.folder / "runs" / "quickstart" / "result.json"
+    if result.exists() and not sandbox.result.exists():
+        shutil.copy2(result, sandbox.result)
+    return finished
 
 
 @pytest.fixture(scope="session")
@@ -115,4 +122,6 @@ def python_pages(sandbox: Sandbox, quickstart: Finished) -> dict[str, str]:
     for block in BLOCKS:
         if block.language == "bash" and block.reason is None and "export" in block.code:
             sandbox.bash(block)
-    return sandbox.python()
+    printed = re.search(r'^  python -c "(.+)"$', quickstart.stdout, re.MULTILINE)
+    assert printed is not None, quickstart.stdout
+    return sandbox.python({LAST_COMMAND: printed[1]})

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.docs.conftest import Finished, Sandbox
-from tests.docs.pages import BLOCKS, PAGES, Block
+from tests.docs.conftest import LAST_COMMAND, Finished, Sandbox
+from tests.docs.pages import BLOCKS, PAGES, ROOT, Block
 
 pytestmark = pytest.mark.demo
 
@@ -24,7 +23,7 @@ def test_a_command_in_the_docs_succeeds(block: Block, run_bash: Callable[[Block]
     assert finished.returncode == 0, f"{block.code}\n{finished.stdout}"
 
 
-@pytest.mark.parametrize("page", PYTHON_PAGES)
+@pytest.mark.parametrize("page", [*PYTHON_PAGES, LAST_COMMAND])
 def test_the_python_of_a_page_runs(page: str, python_pages: dict[str, str]):
     assert python_pages[page] == ""
 
@@ -33,7 +32,8 @@ def test_every_block_is_run_or_says_why_not():
     """A fence that the parser does not see would be skipped in silence."""
     for path in PAGES:
         fences = re.findall(r"^```(?:bash|python)$", path.read_text(), re.MULTILINE)
-        seen = [b for b in BLOCKS if path.match(b.page) and b.language in ("bash", "python")]
+        page = str(path.relative_to(ROOT))
+        seen = [b for b in BLOCKS if b.page == page and b.language in ("bash", "python")]
         assert len(fences) == len(seen), path
         assert not re.search(r"```(sh|shell|console|py)$", path.read_text(), re.MULTILINE), path
 
@@ -50,7 +50,7 @@ def test_quickstart_ends_with_accuracy_run_folder_and_three_commands(
 ):
     assert quickstart.returncode == 0, quickstart.stdout
     run = sandbox.folder / "runs" / "quickstart"
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads(sandbox.result.read_text())
     assert result["stages"] == result["ranks"] == 2
     assert f"Accuracy   {result['eval_accuracy']:.1%} of the exported model" in quickstart.stdout
     assert f"Run        {run.resolve()}" in quickstart.stdout

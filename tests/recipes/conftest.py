@@ -32,12 +32,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return put(recipe, changes)
 
 
-@pytest.fixture(scope="session", params=["none", "deepspeed"])
-def run(
-    request: pytest.FixtureRequest, base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A finished run; the one under DeepSpeed is tracked by Weights & Biases, offline."""
-    folder = tmp_path_factory.mktemp("whole") / request.param
-    trackers = [{"name": "wandb", "mode": "offline"}] if request.param == "deepspeed" else []
-    assert train(recipe_for(base, request.param, folder, trackers=trackers)) == 0
+@pytest.fixture(scope="session")
+def plain_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in plain torch."""
+    folder = tmp_path_factory.mktemp("whole") / "none"
+    assert train(recipe_for(base, "none", folder)) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def deepspeed_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run under DeepSpeed ZeRO-1, tracked by Weights & Biases, offline."""
+    folder = tmp_path_factory.mktemp("whole") / "deepspeed"
+    trackers = [{"name": "wandb", "mode": "offline"}]
+    assert train(recipe_for(base, "deepspeed", folder, trackers=trackers)) == 0
+    return folder
+
+
+@pytest.fixture(params=["plain_run", "deepspeed_run"])
+def run(request: pytest.FixtureRequest) -> Path:
+    """Both, one after the other; the folder's name is the backend's."""
+    return request.getfixturevalue(request.param)

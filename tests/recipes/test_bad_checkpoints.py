@@ -22,14 +22,6 @@ ROBERTA = {name: OF_BERT[name] for name in ("vocab_size", "hidden_size", "num_hi
 }  # fmt: skip
 
 
-@pytest.fixture
-def finished(run: Path) -> Path:
-    """The run without a library around the stages: reading is the same for all."""
-    if run.name != "none":
-        pytest.skip("the same for every backend")
-    return run
-
-
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -44,13 +36,13 @@ def finished(run: Path) -> Path:
     ids=["fewer-layers", "more-layers", "wider", "other-architecture"],
 )
 def test_a_checkpoint_of_another_model_is_refused(
-    finished: Path, base: Recipe, other: Any, words: tuple[str, ...],
+    plain_run: Path, base: Recipe, other: Any, words: tuple[str, ...],
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     tiny.save_model(tmp_path / "model", other)
     changes = {
         "model.name_or_path": str(tmp_path / "model"),
-        "train.resume_from_checkpoint": str(finished / "checkpoint-8"),
+        "train.resume_from_checkpoint": str(plain_run / "checkpoint-8"),
     }
     recipe = recipe_for(base, "none", tmp_path / "run", **changes)
     capsys.readouterr()
@@ -70,10 +62,10 @@ def test_a_checkpoint_of_another_model_is_refused(
     ids=["other-data", "other-seed"],
 )
 def test_an_order_of_samples_that_cannot_be_continued_is_refused(
-    finished: Path, base: Recipe, changes: dict[str, Any], words: tuple[str, ...],
+    plain_run: Path, base: Recipe, changes: dict[str, Any], words: tuple[str, ...],
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    path = str(finished / "checkpoint-8")
+    path = str(plain_run / "checkpoint-8")
     recipe = recipe_for(base, "none", tmp_path / "run", **changes)
     assert train(recipe, f"train.resume_from_checkpoint={path}") == 2
     said = capsys.readouterr().err
@@ -121,11 +113,11 @@ def same_size_but_damaged(folder: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(
-    finished: Path, base: Recipe, damage: Callable[[Path], None], word: str,
+    plain_run: Path, base: Recipe, damage: Callable[[Path], None], word: str,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
+    shutil.copytree(plain_run, copy)
     damage(copy / "checkpoint-8")
     recipe = recipe_for(base, "none", tmp_path / "run")
     capsys.readouterr()
@@ -142,19 +134,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused_by_its_name(
-    finished: Path, base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain_run: Path, base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     recipe = recipe_for(base, "none", tmp_path / "run")
-    assert train(recipe, f"train.resume_from_checkpoint={finished / 'checkpoint-7'}") == 2
+    assert train(recipe, f"train.resume_from_checkpoint={plain_run / 'checkpoint-7'}") == 2
     said = capsys.readouterr().err
     assert "There is no checkpoint" in said and "checkpoint-7: no such folder" in said
-    assert f"Latest complete checkpoint: {finished / 'checkpoint-8'}" in said
+    assert f"Latest complete checkpoint: {plain_run / 'checkpoint-8'}" in said
 
 
 def test_resume_true_goes_on_from_the_last_complete_checkpoint_and_says_so(
-    finished: Path, base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain_run: Path, base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(plain_run, tmp_path / "run")
     no_manifest(tmp_path / "run" / "checkpoint-8")
     recipe = recipe_for(base, "none", tmp_path / "run")
     assert train(recipe, "train.resume_from_checkpoint=true") == 0
@@ -162,5 +154,5 @@ def test_resume_true_goes_on_from_the_last_complete_checkpoint_and_says_so(
     assert "checkpoint-8 is missing or incomplete" in said and "checkpoint-6 is the last" in said
     tiny.assert_same(
         tiny.tensors_of(tmp_path / "run" / "checkpoint-8"),
-        tiny.tensors_of(finished / "checkpoint-8"),
+        tiny.tensors_of(plain_run / "checkpoint-8"),
     )

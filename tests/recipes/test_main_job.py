@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import scpl_ds
 from scpl_ds.cli import main
+from scpl_ds.recipe import recipe_from_mapping
 from tests.support.tiny import DROP, Bomb, assert_same, put, recipe_for, tensors_of, train
 from tests.support.wandb_file import read_wandb_file
 
@@ -74,10 +77,8 @@ def test_a_run_keeps_recipe_plan_log_and_the_latest_checkpoints(run: Path):
     assert left == []
 
 
-def test_weights_and_biases_gets_one_offline_run_with_every_stage(run: Path):
-    if run.name != "deepspeed":
-        pytest.skip("tracked under deepspeed only")
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+def test_weights_and_biases_gets_one_offline_run_with_every_stage(deepspeed_run: Path):
+    (file,) = deepspeed_run.glob("wandb/offline-run-*/run-*.wandb")
     tracked = read_wandb_file(file)
     steps = [row["train/global_step"] for row in tracked.history if "stage0/loss" in row]
     assert steps == list(range(1, STEPS + 1))
@@ -86,7 +87,7 @@ def test_weights_and_biases_gets_one_offline_run_with_every_stage(run: Path):
     assert [row["layers"] for row in tracked.config["partition"]]
     assert (
         tracked.summary["eval_accuracy"]
-        == json.loads((run / "result.json").read_text())["eval_accuracy"]
+        == json.loads((deepspeed_run / "result.json").read_text())["eval_accuracy"]
     )
     assert tracked.exit_code == 0
 
@@ -122,7 +123,8 @@ def test_the_export_gives_the_logits_of_eval_without_scpl_ds(
     assert main(["eval", str(run), "--logits", str(ours)]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["samples"] == 21
-    assert said["val/accuracy"] == json.loads((run / "result.json").read_text())["eval_accuracy"]
+    result = json.loads((run / "result.json").read_text())
+    assert said["val/accuracy"] == result["eval_accuracy"]
     argv = [str(run / "export"), base["data"]["eval_file"], str(theirs)]
     subprocess.run(
         [sys.executable, "-c", READER, *argv],
@@ -140,6 +142,29 @@ def test_export_of_a_run_equals_the_runs_own_export(run: Path, tmp_path: Path):
     own = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == own
     assert main(["export", str(run), str(tmp_path / "out")]) == 0, "an earlier export is replaced"
+
+
+def test_the_name_of_a_run_folder_may_hold_anything(
+    plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It is passed on as an override, and `#` begins a comment in YAML."""
+    folder = tmp_path / "my run #1: {a}"
+    shutil.copytree(plain_run, folder)
+    assert main(["eval", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(folder / "checkpoint-8")
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+
+
+def test_fit_can_be_called_twice_in_one_program(base: Recipe, tmp_path: Path):
+    results = []
+    for name in ("first", "second"):
+        changes = {"train.max_steps": 1}
+        recipe = recipe_for(base, "deepspeed", tmp_path / name, **changes)
+        results.append(scpl_ds.fit(recipe_from_mapping(recipe)))
+    for key in ("eval_accuracy", "steps", "majority_accuracy"):
+        assert results[0][key] == results[1][key]
+    found, wanted = (tensors_of(tmp_path / n / "checkpoint-1") for n in ("first", "second"))
+    assert_same(found, wanted)
 
 
 def test_export_refuses_to_replace_a_folder_of_something_else(
@@ -170,13 +195,10 @@ def test_eval_refuses_a_logits_file_in_no_folder_before_it_scores(
 # -- going on ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharding", ["none", "deepspeed"])
 def test_a_run_interrupted_twice_ends_with_the_parameters_of_one_that_was_not(
-    run: Path, sharding: str, base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    if run.name != sharding:
-        pytest.skip("compared with the run of the same backend")
-    recipe = recipe_for(base, sharding, tmp_path / "run", trackers=[{"name": BOMB}])
+    recipe = recipe_for(base, run.name, tmp_path / "run", trackers=[{"name": BOMB}])
     monkeypatch.setattr(Bomb, "at", 5)
     assert train(recipe) == 130
     assert not (tmp_path / "run" / "result.json").exists()

@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     name: str
     words: tuple[str, ...]
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {}  # noqa: RUF012 - never written to
     prepare: Callable[[Path, Recipe], dict[str, Any]] | None = None
     """Makes files in the test's folder; returns more changes."""
     overrides: tuple[str, ...] = ()
