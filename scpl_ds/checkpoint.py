@@ -203,8 +203,7 @@ class Reader:
             if shapes is not None and tuple(tensor.shape) != tuple(shapes[name]):
                 raise CheckpointError(
                     f"{self.folder} is of another model: '{name}' is {list(tensor.shape)} there "
-                    "and "
-                    f"{list(shapes[name])} here. Use the model and num_labels it was saved from."
+                    f"and {list(shapes[name])} here. Use the model and num_labels of the run."
                 )
         return result
 

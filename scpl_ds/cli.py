@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_GRACE_S = 3.0
 _OVERRIDES = "key=value with the value as YAML, for example train.max_steps=20"
 
 
@@ -206,7 +208,10 @@ def _report(error: ScplError) -> int:
     log.debug("traceback of the error", exc_info=True)
     # Before there is a world all ranks find the same; rank 0 speaks for them.
     silent = isinstance(error, OtherRankFailed) or (_rank() > 0 and not _in_a_world())
-    if not silent:
+    if silent:
+        # A launcher ends all ranks as soon as one has left: let the one that speaks finish.
+        time.sleep(_GRACE_S)
+    else:
         where = f" [rank {_rank()}]" if _rank() else ""
         sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}\n")
     return 1 if isinstance(error, BoundaryError) else 2

@@ -364,6 +364,7 @@ class Engine:
         """
         self.drain()
         reader = checkpoint.Reader(checkpoint.resolve(Path(load_dir), tag))
+        reader.require_layers(self.plan.bounds[-1])
         for stage in self.stages:
             names = stage.module.checkpoint_names().values()
             shapes = {n: t.shape for n, t in _named(stage).items()}

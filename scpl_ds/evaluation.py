@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scpl_ds import checkpoint
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
@@ -121,7 +120,6 @@ def evaluate_run(
 
 
 def _load(engine: Engine, folder: Path) -> None:
-    checkpoint.Reader(folder).require_layers(engine.plan.bounds[-1])
     engine.load_checkpoint(folder, load_optimizer_states=False)
 
 

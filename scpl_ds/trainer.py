@@ -151,7 +151,6 @@ class Run:
         return Progress(max(1, total), per_epoch)
 
     def _restore(self, folder: Path) -> None:
-        checkpoint.Reader(folder).require_layers(self.model.plan.bounds[-1])
         _, state = self.engine.load_checkpoint(folder)
         if "data" not in state:
             raise CheckpointError(

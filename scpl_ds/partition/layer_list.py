@@ -171,9 +171,8 @@ def check_layers(layers: Sequence[Layer], bounds: Sequence[int]) -> None:
             if first != stage:
                 raise PartitionError(
                     f"TiedLayerSpec('{layer.key}') ties layers {at} and {index}, which are in "
-                    "stages "
-                    f"{first} and {stage}: no gradient crosses stages, so they cannot share a "
-                    "weight. Cut so that both are in one stage, or use two LayerSpecs (untied)."
+                    f"stages {first} and {stage}: no gradient crosses stages, so they cannot share "
+                    "a weight. Cut so that both are in one stage, or use two LayerSpecs (untied)."
                 )
 
 

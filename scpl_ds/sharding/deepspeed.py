@@ -9,6 +9,7 @@ fails when a DeepSpeed release changes under it.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -83,10 +84,15 @@ def stage_world(group: Any, ranks: Sequence[int]) -> None:
         # Compiled with g++ for a minute on first use, and only for inference_all_reduce.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")  # read all over DeepSpeed, also in one process
+    if getattr(ds_comm.cdb, "scpl_world", dist.group.WORLD) is not dist.group.WORLD:
+        # The world DeepSpeed was started in is gone (a second run of one process), but it keeps
+        # that world's groups in module globals and has no way to let go of them.
+        ds_comm.cdb = None
+        importlib.reload(deepspeed.utils.groups)
     if ds_comm.cdb is None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     base: Any = ds_comm.cdb
-    if getattr(base, "scpl_stage_ranks", None) == list(ranks):
+    if getattr(base, "scpl_stage_group", None) is group:
         return
     whole = getattr(base, "scpl_whole_world", base)
     ds_comm.cdb = _stage_communicator(whole, group, list(ranks))
@@ -101,7 +107,8 @@ def _stage_communicator(base: Any, stage_group: Any, stage_ranks: list[int]) -> 
     class StageCommunicator(kind):
         """DeepSpeed's own torch backend, with the stage in the place of the world."""
 
-        scpl_stage_ranks = stage_ranks
+        scpl_stage_group = stage_group
+        scpl_world = dist.group.WORLD
         scpl_whole_world = base
 
         def get_rank(self, group: Any = None) -> int:

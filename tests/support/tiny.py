@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
-import importlib
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,9 +184,6 @@ def own_world() -> Iterator[None]:
         torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if "deepspeed" in sys.modules:  # it keeps the groups of the world that is gone
-            sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
-            importlib.reload(sys.modules["deepspeed.utils.groups"])
 
 
 class Bomb(Tracker):

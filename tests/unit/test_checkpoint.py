@@ -175,7 +175,7 @@ def test_a_damaged_optimizer_file_is_refused(tmp_path: Path):
     folder = save(tmp_path / "checkpoint-3")
     path = folder / "stage-1.optimizer.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(CheckpointError, match="stage-1.optimizer.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"stage-1.optimizer.safetensors cannot be read"):
         Reader(folder).optimizer_state(["b.weight"])
 
 
