@@ -22,7 +22,8 @@ fi
 if [[ -z ${HOSTFILE:-} ]]; then
     run_deepspeed "${RANKS:-$((gpus > 0 ? gpus : 2))}" train "$@"
 fi
-launcher=(deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
+launcher=(python -m deepspeed.launcher.runner)
+launcher+=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
 if [[ -n ${RANKS:-} ]]; then
     launcher+=(--num_gpus "$RANKS")
 fi

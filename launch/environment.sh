@@ -1,20 +1,33 @@
 # Sourced by the other scripts. Where the Python environment is, and how it is made.
 #
-#   PYTHON=python3.12        the Python that makes .venv; default: the first on PATH that is >= 3.11
+#   PYTHON=python3.12        the Python that makes .venv, a name or a path; default: the first on
+#                            PATH that is >= 3.11
 #   SCPL_DS_VENV=/some/venv  use this environment as it is and install nothing
 #
 # pip's own variables work: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${SCPL_DS_VENV:-$ROOT/.venv}
+OURS=scpl_ds-made-here.stamp
 
-# find_environment: put an environment that is already there first on PATH.
+# find_environment: put an environment that is already there first on PATH; without one, what the
+# caller has activated is used. Either must have scpl_ds in it.
 find_environment() {
     if [[ -x $VENV/bin/python ]]; then
         export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
     elif [[ -n ${SCPL_DS_VENV:-} ]]; then
         echo "SCPL_DS_VENV=$SCPL_DS_VENV has no bin/python. Point it at a virtual environment, or" \
             "unset it." >&2
+        return 2
+    fi
+    # Looked for, not imported: torch takes seconds. torch too, because in the repository scpl_ds is
+    # found by any Python.
+    if ! python -c 'import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, ("scpl_ds", "torch", "deepspeed"))))' 2>/dev/null; then
+        echo "scpl_ds is not installed for $(command -v python || echo "python (there is none on PATH)")." \
+            "Run \`bash $ROOT/launch/quickstart.sh\`, which makes $ROOT/.venv, or point" \
+            "SCPL_DS_VENV at an environment that has it." >&2
         return 2
     fi
 }
@@ -46,10 +59,7 @@ install() (
     set -e
     extras=$1
     cd "$ROOT"
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-        python=$(find_python)
-        "$python" -m venv --clear "$VENV"
-    fi
+    make_venv
     if [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
         echo "No GPU found. If pip is about to fetch gigabytes of CUDA packages, stop it and run" \
             "this again with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
@@ -63,16 +73,45 @@ install() (
     done
 )
 
+# make_venv: an environment with pip in it. One that is there is kept, whoever made it (uv's have no
+# pip, so that is added); only our own is made anew when it is broken.
+make_venv() {
+    local python
+    if "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
+        "$VENV/bin/python" -m ensurepip >/dev/null 2>&1; then
+        if [[ -e $VENV/$OURS ]]; then
+            "$VENV/bin/python" -m venv --without-pip "$VENV" # bin/activate after a move
+        fi
+        return
+    fi
+    if [[ -n $(ls -A "$VENV" 2>/dev/null) && ! -e $VENV/$OURS ]]; then
+        echo "$VENV has no working Python with pip, and was not made here, so it is left alone." \
+            "Repair it, move it away, or point SCPL_DS_VENV at an environment that has scpl_ds." >&2
+        return 2
+    fi
+    python=$(find_python)
+    if [[ -e $VENV/$OURS ]]; then
+        rm -rf "$VENV"
+    fi
+    mkdir -p "$VENV"
+    touch "$VENV/$OURS" # first, so that what was interrupted is known for ours
+    "$python" -m venv "$VENV"
+}
+
 find_python() {
-    local name
-    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
-        if "$name" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    local name names=(python3 python3.13 python3.12 python3.11 python)
+    if [[ -n ${PYTHON:-} ]]; then
+        names=("$PYTHON")
+    fi
+    for name in "${names[@]}"; do
+        # ensurepip too: Debian has it, and so a venv that works, in a package of its own.
+        if "$name" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    echo "No Python >= 3.11 with the venv module found (tried: ${PYTHON:-python3, python3.13," \
-        "python3.12, python3.11, python}). Install one, or name it: PYTHON=/path/to/python3.12" >&2
+    echo "No Python >= 3.11 with the venv and ensurepip modules found (tried: ${names[*]}). Install" \
+        "one (on Debian and Ubuntu also python3-venv), or name it: PYTHON=/path/to/python3.12" >&2
     return 2
 }
 
@@ -100,7 +139,8 @@ run_deepspeed() {
         program=(env CUDA_VISIBLE_DEVICES="$visible" "${program[@]}")
         unset CUDA_VISIBLE_DEVICES
     fi
-    # No hostfile: DeepSpeed would take /job/hostfile where there is one.
-    exec deepspeed --hostfile /dev/null --num_gpus "$ranks" --quiet \
+    # As a module: the `deepspeed` script names its Python by path, which ends at a space and is
+    # wrong after a move. No hostfile: DeepSpeed would take /job/hostfile where there is one.
+    exec python -m deepspeed.launcher.runner --hostfile /dev/null --num_gpus "$ranks" --quiet \
         --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --no_python "${program[@]}" "$@"
 }

@@ -10,6 +10,7 @@
 # are relative to the repository. Exit code: the run's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+caller=$PWD
 cd "$ROOT"
 use_environment wandb,demo
 python -m scpl_ds.data.demo >/dev/null
@@ -25,4 +26,4 @@ run=runs/quickstart
 for override in "$@"; do
     case $override in train.output_dir=*) run=${override#*=} ;; esac
 done
-python launch/summary.py "$run"
+python launch/summary.py "$run" "$caller"

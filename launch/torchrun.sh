@@ -15,7 +15,7 @@ if [[ $# == 0 ]]; then
 fi
 find_environment
 gpus=$(count_gpus)
-launcher=(torchrun --nproc-per-node "${RANKS:-$((gpus > 0 ? gpus : 2))}")
+launcher=(python -m torch.distributed.run --nproc-per-node "${RANKS:-$((gpus > 0 ? gpus : 2))}")
 if ((${NODES:-1} > 1)); then
     launcher+=(--nnodes "$NODES" --node-rank "${NODE_RANK:?NODES > 1 needs NODE_RANK}")
     launcher+=(--master-addr "${MASTER_ADDR:?NODES > 1 needs MASTER_ADDR}")

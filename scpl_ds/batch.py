@@ -66,6 +66,15 @@ class MicroBatch:
         return dataclasses.replace(self, hidden_states=hidden_states.detach())
 
 
+class Evaluated(NamedTuple):
+    """One evaluated micro-batch, on the last stage's ranks; elsewhere all are None."""
+
+    loss: Tensor | None
+    """Task loss, mean over the micro-batch."""
+    logits: Tensor | None
+    labels: Tensor | None
+
+
 def as_inputs(item: Any) -> dict[str, Tensor]:
     """A batch as the model takes it: a dict of tensors, or DeepSpeed's ``(inputs, labels)`` pair.
 

@@ -171,7 +171,7 @@ def initialize(
     if pipeline.num_stages is not None:
         scpl = scpl.model_copy(update={"stages": pipeline.num_stages})
     pipeline_ranks, dp_size = check_world(scpl, env.world_size)
-    mesh = Mesh(pipeline_ranks, dp_size, device.type, timeout_s=scpl.timeout_s)
+    mesh = Mesh(pipeline_ranks, dp_size, device, timeout_s=scpl.timeout_s)
     plan, make_body, num_labels = pipeline.cut(scpl, seed)
     engine = build_engine(
         plan, make_body, scpl, section, mesh, device,

@@ -125,18 +125,17 @@ def _train(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from scpl_ds.partition.plan import render_plan
     from scpl_ds.recipe import check_world, load_recipe
-    from scpl_ds.schedules import render, simulate, stream
 
     recipe = load_recipe(args.recipe, args.overrides)
     _choose_accelerator()
-    from scpl_ds.setup import cut_model
+    from scpl_ds.setup import cut_model, draw_schedule
 
     model = cut_model(recipe)
     pipeline_ranks, dp_size = check_world(recipe, args.ranks or recipe.scpl.stages)
     table = render_plan(
         model.plan, model.anatomy, pipeline_ranks=pipeline_ranks, data_parallel=dp_size
     )
-    drawing = render(simulate(stream, model.plan.num_stages, 4))
+    drawing = draw_schedule(recipe, model.plan.num_stages, 4)
     sys.stdout.write(f"{table}\n\nschedule '{recipe.scpl.schedule}'\n{drawing}\n")
     return 0
 

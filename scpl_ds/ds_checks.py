@@ -133,6 +133,13 @@ def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
             "scpl.sharding 'none' keeps the whole optimizer state on every rank; use stage 0, or "
             "scpl.sharding: deepspeed",
         )
+    if stage and section.optimizer.type == "adagrad":
+        refuse(
+            "optimizer.type",
+            "Adagrad does not work with ZeRO: DeepSpeed rebuilds it with one parameter group, "
+            "which loses the weight decay of each. Use zero_optimization.stage: 0, or another "
+            "optimizer",
+        )
     for key, value in zero.items():
         offload = isinstance(value, Mapping) and key.startswith("offload_")
         if (offload and value.get("device") not in (None, "none")) or (

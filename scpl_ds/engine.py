@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scpl_ds import checkpoint
-from scpl_ds.batch import MicroBatch, Tag, as_inputs
-from scpl_ds.distributed.collectives import barrier, broadcast_tensor, gather_objects
+from scpl_ds.batch import Evaluated, MicroBatch, Tag, as_inputs
+from scpl_ds.distributed.collectives import barrier, gather_objects
 from scpl_ds.distributed.mesh import Grid, Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
 from scpl_ds.ds_config import DeepSpeedSection
@@ -23,15 +23,6 @@ from scpl_ds.stage import Stage
 
 log = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor] | Sequence[Any] | Tensor
-
-
-class Evaluated(NamedTuple):
-    """One evaluated micro-batch, on the last stage's ranks; elsewhere all are None."""
-
-    loss: Tensor | None
-    """Task loss, mean over the micro-batch."""
-    logits: Tensor | None
-    labels: Tensor | None
 
 
 class Engine:
@@ -92,7 +83,6 @@ class Engine:
 
     @property
     def stage_id(self) -> int:
-        """Index of this rank's first stage."""
         return self.stages[0].index
 
     @property
@@ -101,12 +91,7 @@ class Engine:
         return self.section.gradient_accumulation_steps
 
     @property
-    def micro_batch_size(self) -> int:
-        return self.section.micro_batch_size
-
-    @property
     def module(self) -> torch.nn.Module:
-        """This rank's stages, first to last."""
         return torch.nn.ModuleList(stage.module for stage in self.stages)
 
     @property
@@ -115,14 +100,14 @@ class Engine:
         return self.stages[-1].backend.optimizer
 
     def train_micro_batch_size_per_gpu(self) -> int:
-        return self.micro_batch_size
+        return self.section.micro_batch_size
 
     def gradient_accumulation_steps(self) -> int:
         return self.micro_batches
 
     def train_batch_size(self) -> int:
         """Samples of one optimizer step, over all data-parallel ranks."""
-        return self.micro_batch_size * self.micro_batches * self.mesh.dp_size
+        return self.section.micro_batch_size * self.micro_batches * self.mesh.dp_size
 
     def is_first_stage(self) -> bool:
         """Whether this rank holds the first stage (the one that reads the data)."""
@@ -133,7 +118,6 @@ class Engine:
         return self.mesh.next_rank is None
 
     def get_lr(self) -> list[float]:
-        """Learning rate of the next optimizer step."""
         return [self.lr_at(self.global_steps)]
 
     def set_dataiterator(self, iterator: Iterator[Batch]) -> None:
@@ -155,11 +139,14 @@ class Engine:
 
         Returns:
             The loss of this rank's last stage, scalar, mean over the micro-batches of this
-            data-parallel rank. It is *this* rank's: DeepSpeed's broadcast of the last stage's loss
-            would flush the pipeline every step. ``reduce_loss()`` asks for the run's.
+            data-parallel rank: the task loss on the last stage, the local loss elsewhere. It is
+            *this* rank's: DeepSpeed's broadcast of the last stage's loss would flush the pipeline
+            every step. ``reduce_loss()`` asks for the run's.
 
         Raises:
-            StopIteration: The data ended; raised on every rank, before the step.
+            StopIteration: The data ended; raised on every rank of this lane (the ranks with the
+                same data-parallel number). Micro-batches of the unfinished step are forgotten.
+                All lanes must hold equally many: a lane that goes on waits for the others.
             BoundaryError: A neighbour is gone, late or out of step.
         """
         if data_iter is not None:
@@ -169,15 +156,22 @@ class Engine:
             for action in self._schedule(local, self.num_stages, self.micro_batches):
                 self._handlers[type(action)](action)
         except EndOfData:
+            self._discard_step()
             self._channel.send_end()
             self._channel.drain()
             raise StopIteration(f"the data ended in step {self.global_steps}") from None
         except Exception as error:
+            self._discard_step()
             self._channel.send_error(f"{type(error).__name__}: {error}")
             raise
         self.global_steps += 1
-        self._last_loss = self.stages[-1].metrics["loss"]
+        last = self.stages[-1].metrics
+        self._last_loss = last.get("head_loss", last["loss"])
         return self._last_loss
+
+    def _discard_step(self) -> None:
+        for stage in self.stages:
+            stage.discard_step()
 
     def _load(self, action: Load) -> None:
         if self._data_iterator is None:
@@ -224,14 +218,15 @@ class Engine:
         Waits for all ranks, so it flushes the pipeline: call it now and then.
         """
         own = self._last_loss if self.is_last_stage() else None
-        values = [
-            v
-            for v in gather_objects(self.mesh, None if own is None else float(own))
-            if v is not None
-        ]
-        if not values:
+        loss = self._mean([] if own is None else [float(own)])
+        if loss is None:
             raise RuntimeError("reduce_loss() before the first train_batch().")
-        return torch.tensor(sum(values) / len(values))
+        return loss
+
+    def _mean(self, values: list[float]) -> Tensor | None:
+        """Mean of all ranks' values, on every rank (waits); None where nobody has any."""
+        everything = [value for part in gather_objects(self.mesh, values) for value in part]
+        return torch.tensor(sum(everything) / len(everything)) if everything else None
 
     def metrics(self) -> dict[str, Tensor]:
         """Numbers of the last step of this rank's stages (0-dim tensors; reading one waits for
@@ -263,11 +258,18 @@ class Engine:
         DeepSpeed's arguments and return shapes. Every rank must call it.
 
         Returns:
-            The last stage's mean task loss (on every rank with ``bcast_loss``, else on the last
-            stage's ranks; None where there is none). With ``return_logits`` a pair
-            ``(loss, logits)``; logits are on the last stage's ranks only, concatenated over the
-            micro-batches, [B, num_labels].
+            The last stage's task loss, mean over micro-batches and data-parallel ranks (on every
+            rank with ``bcast_loss``, else on the last stage's ranks; None where there is none).
+            ``reduce_output=None`` gives the losses of this rank's micro-batches instead, on the
+            last stage's ranks. With ``return_logits`` a pair ``(loss, logits)``; logits are on the
+            last stage's ranks only, concatenated over the micro-batches, [B, num_labels].
+
+        Raises:
+            DataError: ``data_iter`` holds fewer micro-batches.
+            ValueError: ``reduce_output`` is neither ``"avg"`` nor None.
         """
+        if reduce_output not in ("avg", None):
+            raise ValueError(f"reduce_output must be 'avg' or None, got {reduce_output!r}.")
         count = num_micro_batches or self.micro_batches
         losses: list[Tensor] = []
         logits: list[Tensor] = []
@@ -276,15 +278,13 @@ class Engine:
                 losses.append(output.loss)
             if return_logits and output.logits is not None:
                 logits.append(output.logits)
-        result = None
-        if compute_loss and losses:
-            stacked = torch.stack(losses)
-            result = stacked.mean() if reduce_output == "avg" else stacked
-        if compute_loss and bcast_loss and reduce_output == "avg":
-            value = torch.zeros(()) if result is None else result.float().cpu()
-            result = broadcast_tensor(
-                self.mesh, value, source=self.mesh.rank_of(self.mesh.pp_size - 1)
-            )
+        result: Any = None
+        if compute_loss and reduce_output is None:
+            result = torch.stack(losses) if losses else None
+        elif compute_loss:
+            result = self._mean([float(loss) for loss in losses])
+            if not (bcast_loss or self.is_last_stage()):
+                result = None
         if not return_logits:
             return result
         return result, (torch.cat(logits) if logits else None)
@@ -299,20 +299,38 @@ class Engine:
         call, self._eval_calls = self._eval_calls, self._eval_calls + 1
         self._channel.reset("eval")
         for n in range(num_micro_batches):
-            if self.is_first_stage():
-                assert data_iter is not None, "eval_batch needs data on first-stage ranks"
-                inputs = self._collate(next(data_iter))
-                batch = MicroBatch(inputs, Tag(call, n, n)).to(self.device)
-            else:
-                batch = self._channel.receive(Expected("eval", call, n))
-            loss = None
-            for stage in self.stages:
-                batch, loss = stage.evaluate(batch)
-            if not self.is_last_stage():
-                self._channel.send(batch, "eval")
-            last = self.is_last_stage()
-            yield Evaluated(loss, self.stages[-1].logits, batch.labels if last else None)
+            try:
+                output = self._evaluate_one(data_iter, call, n)
+            except EndOfData:
+                self._channel.send_end()
+                self._channel.drain()
+                raise DataError(
+                    f"The evaluation data ended after {n} of {num_micro_batches} micro-batches."
+                ) from None
+            except Exception as error:
+                self._channel.send_error(f"{type(error).__name__}: {error}")
+                raise
+            yield output
         self._channel.drain()
+
+    def _evaluate_one(self, data_iter: Iterator[Batch] | None, call: int, n: int) -> Evaluated:
+        if not self.is_first_stage():
+            batch = self._channel.receive(Expected("eval", call, n))
+        elif data_iter is None:
+            raise DataError("eval_batch() has no data: pass data_iter on first-stage ranks.")
+        else:
+            try:
+                inputs = self._collate(next(data_iter))
+            except StopIteration:
+                raise EndOfData from None
+            batch = MicroBatch(inputs, Tag(call, n, n)).to(self.device)
+        loss = None
+        for stage in self.stages:
+            batch, loss = stage.evaluate(batch)
+        last = self.is_last_stage()
+        if not last:
+            self._channel.send(batch, "eval")
+        return Evaluated(loss, self.stages[-1].logits, batch.labels if last else None)
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -336,9 +354,7 @@ class Engine:
         with checkpoint.Writer(folder, is_coordinator=self.mesh.rank == 0) as writer:
             barrier(self.mesh)
             for stage in self.stages:
-                tensors, state = stage.parameters_by_name(), stage.optimizer_state()
-                if self.mesh.dp_rank == 0:
-                    writer.write_stage(stage.index, tensors, state)
+                stage.write(writer)
             barrier(self.mesh)
             if self.mesh.rank == 0:
                 writer.finish(
@@ -352,9 +368,15 @@ class Engine:
         return folder
 
     def load_checkpoint(
-        self, load_dir: str | Path, tag: str | None = None, load_optimizer_states: bool = True
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_optimizer_states: bool = True,
+        load_module_only: bool = False,
     ) -> tuple[Path, dict[str, Any]]:
         """Restore ``load_dir/tag`` (default: what ``latest`` names) into this engine's stages.
+
+        ``load_module_only`` takes the weights and leaves optimizer and step count as they are.
 
         Returns:
             The checkpoint's folder and the ``client_state`` it was saved with.
@@ -365,20 +387,13 @@ class Engine:
         self.drain()
         reader = checkpoint.Reader(checkpoint.resolve(Path(load_dir), tag))
         reader.require_layers(self.plan.bounds[-1])
+        with_optimizer = load_optimizer_states and not load_module_only
         for stage in self.stages:
-            names = stage.module.checkpoint_names().values()
-            shapes = {n: t.shape for n, t in _named(stage).items()}
-            tensors = reader.tensors(names, shapes)
-            state = reader.optimizer_state(names) if load_optimizer_states else None
-            stage.load(tensors, state)
+            stage.read(reader, with_optimizer=with_optimizer)
         manifest = reader.manifest
         client_state = dict(manifest["client_state"])
-        self._batch_id = int(client_state.pop("batch_id", 0))
-        self.global_steps = int(manifest["step"])
-        self._channel.reset("train")
+        batch_id = int(client_state.pop("batch_id", 0))
+        if not load_module_only:
+            self._batch_id, self.global_steps = batch_id, int(manifest["step"])
+            self._channel.reset("train")
         return reader.folder, client_state
-
-
-def _named(stage: Stage) -> dict[str, Tensor]:
-    names = stage.module.checkpoint_names()
-    return {names[name]: tensor for name, tensor in stage.module.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scpl_ds.batch import Evaluated
+from scpl_ds.batch import Evaluated
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.engine import Engine, Evaluated
+from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.recipe import Recipe
 from scpl_ds.setup import (
@@ -26,6 +29,8 @@ from scpl_ds.setup import (
     start_world,
     together,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -133,12 +138,29 @@ def _loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader:
     return loader
 
 
-def score_model(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> Score:
-    """Score an ordinary Hugging Face model in this process."""
+def score_model(
+    model: torch.nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device
+) -> Score:
+    """Score an ordinary Hugging Face model in this process.
+
+    Args:
+        model: Moved to ``device``, or to the CPU if it does not fit there (it may have been trained
+            in stages for that reason).
+        batches: With ``labels``; read again from the start if they have to be.
+        device: Where to compute.
+    """
+    try:
+        return _score(model.to(device), batches)
+    except torch.OutOfMemoryError:
+        log.warning("the whole model does not fit on %s: it is scored on the CPU.", device)
+    return _score(model.to("cpu"), batches)
+
+
+@torch.inference_mode()
+def _score(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> Score:
     score = Score()
-    with torch.inference_mode():
-        for scores, labels in _forward_all(model, batches):
-            score.add(scores, labels)
+    for logits, labels in _forward_all(model, batches):
+        score.add(logits, labels)
     return score
 
 

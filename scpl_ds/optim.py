@@ -78,6 +78,26 @@ _CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
 }
 
+_MOMENTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: (),
+    torch.optim.Adagrad: ("sum",),
+}
+_MORE_MOMENTS = {"amsgrad": "max_exp_avg_sq", "momentum": "momentum_buffer"}
+"""Option of a parameter group -> what it adds to the memory of each parameter."""
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> frozenset[str] | None:
+    """What torch's optimizer keeps for each parameter (``OptimizerState.moments``), also before its
+    first step; None for an optimizer that ``build_optimizer`` does not make."""
+    always = _MOMENTS.get(type(optimizer))
+    if always is None:
+        return None
+    more = (_MORE_MOMENTS[k] for g in optimizer.param_groups for k in _MORE_MOMENTS if g.get(k))
+    return frozenset((*always, *more))
+
+
 _DEEPSPEED_ONLY = ("adam_w_mode", "torch_adam", "bias_correction", "fp32_optimizer_states")
 
 
@@ -110,6 +130,13 @@ def lr_schedule(section: DeepSpeedSection, train: TrainSection, total_steps: int
         return deepspeed_schedule(section.scheduler, section.lr, total_steps, warmup)
     kind = train.lr_scheduler_type or "linear"
     return lambda step: lr_factor(step, total_steps, kind=kind, warmup_steps=warmup)
+
+
+def needs_total_steps(spec: SchedulerSpec | None) -> bool:
+    """Whether a schedule ends with the run, and nothing in it says when that is."""
+    if spec is None or spec.type == "WarmupLR":
+        return False
+    return spec.params.get("total_num_steps") in (None, "auto")
 
 
 def warmup_steps(train: TrainSection, total_steps: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -111,19 +112,32 @@ def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunF
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what determines the numbers, and the git commit of the working
-    folder."""
+    """Installed versions of what determines the numbers, and ``scpl_ds_commit`` where scpl_ds runs
+    from its repository: with ``-dirty`` when files there differ from that commit."""
     found = {}
     for name in ("scpl-ds", *_PACKAGES):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-        found["git_commit"] = commit.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
+    if (commit := _own_commit()) is not None:
+        found["scpl_ds_commit"] = commit
     return found
+
+
+@functools.cache
+def _own_commit() -> str | None:
+    """Asked once a process: every save wants it, and git is another process."""
+    repository = Path(__file__).parents[1]
+    # Installed elsewhere, the folder may lie inside a repository that is not ours.
+    if not (repository / ".git").exists():
+        return None
+    describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(repository), *describe],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

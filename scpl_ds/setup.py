@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from scpl_ds import registry
 from scpl_ds.build import build_engine
 from scpl_ds.data._base import DataOptions, check_labels
 from scpl_ds.data.demo import resolve_model_path
@@ -17,6 +18,7 @@ from scpl_ds.data.loader import BatchLoader
 from scpl_ds.data.text import Collator, TokenizedDataset, load_tokenizer, tokenize
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, ScplError
@@ -26,6 +28,7 @@ from scpl_ds.partition.config import load_config
 from scpl_ds.partition.loading import load_stage
 from scpl_ds.partition.plan import PartitionPlan, make_plan
 from scpl_ds.recipe import Recipe, check_world
+from scpl_ds.schedules import render, simulate
 from scpl_ds.stage import as_body
 
 log = logging.getLogger(__name__)
@@ -83,13 +86,14 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
     set_cpu_threads(env)
     device = pick_device(env)
     init_world(env, device, timeout_s=recipe.scpl.timeout_s)
-    return Mesh(pipeline_ranks, dp_size, device.type, timeout_s=recipe.scpl.timeout_s), device
+    return Mesh(pipeline_ranks, dp_size, device, timeout_s=recipe.scpl.timeout_s), device
 
 
 def together(mesh: Mesh, work: Callable[[], T]) -> T:
     """Run ``work`` on every rank; if it fails anywhere, all stop, and the failing ranks say why.
 
-    Without it one rank would refuse its data while the others wait for it until the timeout.
+    Without it one rank would refuse its data while the others wait for it until the timeout. The
+    work may take longer than the timeout, on any rank.
     """
     error: ScplError | None = None
     result: Any = None
@@ -97,6 +101,7 @@ def together(mesh: Mesh, work: Callable[[], T]) -> T:
         result = work()
     except ScplError as found:
         error = found
+    wait_for_all(mesh)
     failed = [r for r, bad in enumerate(gather_objects(mesh, error is not None)) if bad]
     if error is not None and failed[0] == mesh.rank:
         raise error
@@ -124,7 +129,7 @@ def _read(recipe: Recipe) -> Data:
         pad_token=options.pad_token,
         revision=model.revision,
     )
-    config = load_config(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    config = load_config(path, revision=model.revision)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     input_names = anatomy_of(config, model.task).forward_keys
 
@@ -176,7 +181,6 @@ def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
     config = load_config(
         path,
         revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
         num_labels=facts.num_labels if facts else model.num_labels,
         label_names=facts.label_names if facts else (),
         pad_token_id=facts.pad_token_id if facts else None,
@@ -188,6 +192,16 @@ def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
     cost = head.flops(1, anatomy.sequence_length)
     plan = make_plan(anatomy, recipe.scpl.stages, recipe.scpl.partition, head_flops=cost)
     return Model(path, config, anatomy, plan)
+
+
+def draw_schedule(recipe: Recipe, num_stages: int, num_micro_batches: int) -> str:
+    """The timeline of one step under the recipe's schedule, one rank a stage."""
+    schedule = registry.resolve("schedule", recipe.scpl.schedule, where="scpl.schedule")
+    try:
+        return render(simulate(schedule, num_stages, num_micro_batches))
+    except Exception as error:  # anybody's code, perhaps made for several stages a rank
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"(not drawn with one rank a stage: {reason})"
 
 
 def make_engine(

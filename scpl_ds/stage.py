@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scpl_ds.batch import MicroBatch
+from scpl_ds.checkpoint import Reader, Writer
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import DataError
@@ -80,13 +81,15 @@ class LocalStage(nn.Module):
                 output.hidden_states, attention_mask=inputs.get("attention_mask"), labels=labels
             )
             losses.append(local.loss)
-            metrics |= {"loss": local.loss.detach(), **local.metrics}
+            metrics |= local.metrics
         if output.loss is not None:
             losses.append(output.loss)
-            metrics.setdefault("loss", output.loss.detach())
             metrics["head_loss"] = output.loss.detach()
+        loss = torch.stack([part.float() for part in losses]).sum() if losses else None
+        if loss is not None:
+            metrics["loss"] = loss.detach()
         return {
-            "loss": torch.stack([loss.float() for loss in losses]).sum() if losses else None,
+            "loss": loss,
             "hidden_states": output.hidden_states.detach(),
             "logits": None if output.logits is None else output.logits.detach(),
             "metrics": metrics,
@@ -118,7 +121,7 @@ class Stage:
         self.metrics: dict[str, Tensor] = {}
         """Means over the micro-batches of the last finished step, 0-dim, on the stage's device."""
         self.logits: Tensor | None = None
-        """Of the last forward; on the last stage only."""
+        """Of the last ``evaluate``; on the last stage only."""
 
     def forward(self, batch: MicroBatch) -> MicroBatch:
         """Train-mode forward; keeps the local loss for ``backward``, returns what the next stage
@@ -131,6 +134,7 @@ class Stage:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self._seed_for(batch))
             output = self._run(batch)
+        self.logits = None
         if output["loss"] is None:
             raise DataError(
                 f"stage {self.index} found no 'labels' in micro-batch {batch.tag.micro_batch} "
@@ -155,17 +159,23 @@ class Stage:
         return batch.with_hidden_states(output["hidden_states"]), output["loss"]
 
     def backward(self, lr: float | None) -> None:
-        """Local backward of the last forward; with a learning rate also the optimizer step."""
+        """Local backward of the last forward; with a learning rate (the step's last micro-batch)
+        also the optimizer step."""
         assert self._loss is not None, "backward before forward"
-        self.backend.backward(self._loss)
+        self.backend.backward(self._loss, last=lr is not None)
         self._loss = None
-        norm = self.backend.end_micro_batch(lr)
         if lr is None:
             return
+        norm = self.backend.step(lr)
         self.metrics = {name: total / self._count for name, total in self._sums.items()}
         if norm is not None:
             self.metrics["grad_norm"] = norm.detach()
         self._sums, self._count = {}, 0
+
+    def discard_step(self) -> None:
+        """Forget the micro-batches of a step that will not be finished."""
+        self.backend.discard()
+        self._loss, self._sums, self._count = None, {}, 0
 
     def _run(self, batch: MicroBatch) -> dict[str, Any]:
         return self.backend.forward(inputs=batch.inputs, hidden_states=batch.hidden_states)
@@ -186,12 +196,25 @@ class Stage:
         """Whole optimizer state under checkpoint names (a collective of the stage)."""
         return _rename_state(self.backend.optimizer_state(), self.module.checkpoint_names())
 
-    def load(self, tensors: Mapping[str, Tensor], state: OptimizerState | None) -> None:
-        """Put back tensors and optimizer state given under checkpoint names; absent ones stay."""
+    def write(self, writer: Writer) -> None:
+        """Add this stage to a checkpoint (a collective of the stage; its first rank writes)."""
+        tensors, state = self.parameters_by_name(), self.optimizer_state()
+        if self.backend.mesh.dp_rank == 0:
+            writer.write_stage(self.index, tensors, state)
+
+    def read(self, reader: Reader, *, with_optimizer: bool = True) -> None:
+        """Take this stage's tensors, and optimizer state, from a checkpoint, whatever its cut.
+
+        Raises:
+            CheckpointError: A tensor of the model is missing or has another shape.
+        """
         own = {theirs: ours for ours, theirs in self.module.checkpoint_names().items()}
-        self.backend.load_parameters(_rename({n: t for n, t in tensors.items() if n in own}, own))
-        if state is not None:
-            self.backend.load_optimizer_state(_rename_state(state, own))
+        present = self.module.state_dict()
+        shapes = {theirs: present[ours].shape for theirs, ours in own.items()}
+        self.backend.load_parameters(_rename(reader.tensors(own, shapes), own))
+        if with_optimizer:
+            self.backend.load_optimizer_state(_rename_state(reader.optimizer_state(own), own))
+        self.discard_step()
 
 
 def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -22,11 +23,11 @@ from scpl_ds.meter import Meter, peak_memory_gib
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.recipe import Recipe
 from scpl_ds.run_folder import RunFolder, versions
-from scpl_ds.schedules import render, simulate, stream
 from scpl_ds.setup import (
     Data,
     Model,
     cut_model,
+    draw_schedule,
     load_data,
     make_engine,
     make_loaders,
@@ -181,10 +182,10 @@ class Run:
     def _banner(self) -> None:
         sizes = self.recipe.deepspeed.batch(self.mesh.dp_size)
         shown = min(sizes.accumulation, 4)
-        slots = simulate(stream, self.engine.num_stages, max(2, shown))
+        drawing = draw_schedule(self.recipe, self.engine.num_stages, max(2, shown))
         log.info("%s\n", self._plan_text())
         log.info(
-            "schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, render(slots)
+            "schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, drawing
         )
         log.info(
             "global batch %d = micro-batch %d x %d micro-batches x %d dp; %d training and %d "
@@ -320,20 +321,20 @@ class Run:
     # -- after the last step ---------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
-        totals = self.meter.total()
+        totals, facts = self.meter.total(), self.data.facts
+        stages, steps = self.engine.num_stages, self.engine.global_steps
+        self._free_engine()
+        exported = together(self.mesh, self._export)
+        accuracy = together(self.mesh, lambda: self._final_accuracy(exported))
         result: dict[str, Any] = {}
         if self.is_main:
-            exported = None
-            if self.recipe.train.export:
-                exported = self._export()
-            facts = self.data.facts
             result = {
-                "eval_accuracy": self._exported_accuracy(exported),
+                "eval_accuracy": accuracy,
                 "majority_accuracy": facts.majority_accuracy,
                 "stage_eval_accuracy": self.last_eval.get("val/accuracy"),
-                "stages": self.engine.num_stages,
+                "stages": stages,
                 "ranks": self.mesh.world_size,
-                "steps": self.engine.global_steps,
+                "steps": steps,
                 "samples_per_s": totals["perf/samples_per_s"],
                 "tokens_per_s": totals["perf/tokens_per_s"],
                 "train_seconds": self.meter.seconds,
@@ -344,15 +345,28 @@ class Run:
             self.folder.write_result(result)
         return broadcast_object(self.mesh, result)
 
-    def _export(self) -> Path:
+    def _free_engine(self) -> None:
+        """Make room for the whole model, which may need what all ranks of this device held."""
+        for stage in self.engine.stages:
+            stage.backend.close()
+        del stage, self.engine
+        gc.collect()  # stages and handlers refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _export(self) -> Path | None:
+        """On rank 0; the others wait."""
+        if not (self.is_main and self.recipe.train.export):
+            return None
         latest = checkpoint.resolve(self.folder.path)
         return export.export_checkpoint(latest, self.recipe.export_dir, task=self.recipe.model.task)
 
-    def _exported_accuracy(self, folder: Path | None) -> float | None:
-        """Of the export, loaded as anybody would and scored on all evaluation data."""
-        if folder is None or self.data.facts.num_eval == 0:
+    def _final_accuracy(self, exported: Path | None) -> float | None:
+        """Of the export, loaded as anybody would and scored on all evaluation data by rank 0; the
+        stages' where there is none."""
+        if exported is None or self.data.facts.num_eval == 0:
             return self.last_eval.get("val/accuracy")
-        model = export.load_exported(folder, self.recipe.model.task).to(self.device)
+        model = export.load_exported(exported, self.recipe.model.task)
         whole = BatchLoader(
             self.data.eval,
             micro_batch_size=self.recipe.eval_batch_size,
@@ -363,4 +377,4 @@ class Run:
             collate=self.eval_loader.collate if self.eval_loader else self.train_loader.collate,
             drop_last=False,
         )
-        return score_model(model, whole).metrics()["val/accuracy"]
+        return score_model(model, whole, self.device).metrics()["val/accuracy"]

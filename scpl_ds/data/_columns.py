@@ -108,6 +108,12 @@ def build_splits(
     reference = train if train is not None else held_out
     if reference is None:
         raise DataError("The data source has neither training nor evaluation data.")
+    own, other = reference.class_names, None if held_out is None else held_out.class_names
+    if held_out is not None and own is not None and other is not None and other != own:
+        raise DataError(
+            f"{held_out.source} has the classes {_list(other)}, but {reference.source} has "
+            f"{_list(own)}: one id would mean two things. Store both with the same classes."
+        )
     ids = _class_ids(reference, options)
     names = tuple(name for name, _ in sorted(_names(reference, ids, options), key=lambda p: p[1]))
     splits = Splits(
@@ -139,7 +145,7 @@ def _checked_rows(raw: RawSplit, options: ColumnOptions) -> RawSplit:
     for index, label in enumerate(raw.labels):
         if label is None or label == "" or (isinstance(label, float) and math.isnan(label)):
             bad.setdefault(index, f"column '{options.label_column}' has no label")
-        elif _is_whole(label) and label < 0 and str(int(label)) not in (options.label_names or ()):
+        elif _is_whole(label) and label < 0 and not _is_named(label, raw, options):
             bad.setdefault(index, f"label is {label}, which stands for 'no label' in hub data sets")
     if not bad:
         return raw
@@ -166,6 +172,11 @@ def _checked_rows(raw: RawSplit, options: ColumnOptions) -> RawSplit:
     return kept
 
 
+def _is_named(number: float, raw: RawSplit, options: ColumnOptions) -> bool:
+    """Whether a number is the name of a class; of a ``ClassLabel`` it is always an id."""
+    return raw.class_names is None and str(int(number)) in (options.label_names or ())
+
+
 def _class_ids(raw: RawSplit, options: ColumnOptions) -> dict[Any, int]:
     """Label value -> class id, decided by the training split alone."""
     values: dict[Any, int] = {}
@@ -189,9 +200,10 @@ def _class_ids(raw: RawSplit, options: ColumnOptions) -> dict[Any, int]:
             f"{raw.at(values[other])}: label '{other}' is text, but {raw.at(values[numbers[0]])} "
             f"has the number {numbers[0]}. Use one kind of label."
         )
-    given = options.label_names or (raw.class_names if numbers else None)
-    if given is not None:
-        return _ids_of_given_names(raw, values, given)
+    if numbers and raw.class_names is not None:
+        return _ids_of_class_label(raw, values, raw.class_names, options.label_names)
+    if options.label_names is not None:
+        return _ids_of_given_names(raw, values, options.label_names)
     if not numbers:
         return {value: index for index, value in enumerate(sorted(values))}
     # A class id that never occurs is nearly always a 1-based file; training it would waste a class.
@@ -204,6 +216,35 @@ def _class_ids(raw: RawSplit, options: ColumnOptions) -> dict[Any, int]:
             f"values to ids set data.label_names: [{names}{', ...' if len(numbers) > 8 else ''}]."
         )
     return {value: value for value in numbers}
+
+
+def _ids_of_class_label(
+    raw: RawSplit, values: dict[Any, int], own: tuple[str, ...], given: tuple[str, ...] | None
+) -> dict[Any, int]:
+    """A ``ClassLabel`` stores ids: a number is never looked up among its names, even among '1', '2'.
+
+    ``data.label_names`` puts its classes in another order, or renames them.
+    """
+    names = own if given is None else given
+    if given is not None and sorted(given) == sorted(own):
+        ids = {index: given.index(name) for index, name in enumerate(own)}
+    else:
+        moved = [n for n in own if n in names and names.index(n) != own.index(n)]
+        if moved:
+            raise DataError(
+                f"data.label_names: in {raw.source} '{moved[0]}' is class {own.index(moved[0])}, "
+                f"not {names.index(moved[0])}. Its classes are {_list(own)}: give all of these in "
+                f"the order wanted, or new names in this order."
+            )
+        ids = {index: index for index in range(len(names))}
+    for value, index in values.items():
+        if value not in ids:
+            name = own[value] if 0 <= value < len(own) else "no class"
+            raise DataError(
+                f"{raw.at(index)}: label {value} ('{name}') has no name among the {len(names)} of "
+                f"data.label_names: {_list(names)}. Name all {len(own)} classes: {_list(own)}."
+            )
+    return ids
 
 
 def _ids_of_given_names(

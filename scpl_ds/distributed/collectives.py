@@ -4,7 +4,7 @@ waiting."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.errors import BoundaryError
 
 
 class MetricsMailbox:
@@ -80,27 +81,40 @@ def gather_objects(mesh: Mesh, value: Any) -> list[Any]:
     return box
 
 
-def broadcast_tensor(mesh: Mesh, tensor: Tensor, *, source: int) -> Tensor:
-    """``tensor`` of rank ``source`` on every rank (waits); all pass the same shape and dtype."""
-    value = tensor.detach().to("cpu", copy=True)
-    dist.broadcast(value, src=source, group=mesh.control_group)
-    return value
+def average_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
+    """Average ``.grad`` over the data-parallel ranks of this stage, in one flat message per dtype.
 
+    Every rank passes the same parameters. One that got no gradient here but did on another rank (a
+    skipped layer, an expert without tokens) counts as zeros; one that got none anywhere keeps None.
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter], mesh: Mesh) -> None:
-    """Average ``.grad`` over the data-parallel ranks of this stage, in one flat message per
-    dtype."""
+    Raises:
+        BoundaryError: A rank of the stage is gone or late.
+    """
     if mesh.dp_size == 1:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    seen = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat, group=mesh.dp_group)
-        flat /= mesh.dp_size
-        for gradient, averaged in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(averaged.view_as(gradient))
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    try:
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.dp_control_group)
+        for group in by_dtype.values():
+            flat = torch.cat([_gradient(p).reshape(-1) for p in group])
+            dist.all_reduce(flat, group=mesh.dp_group)
+            flat /= mesh.dp_size
+            averaged = flat.split([p.numel() for p in group])
+            for parameter, part in zip(group, averaged, strict=True):
+                parameter.grad = part.view_as(parameter)
+    except RuntimeError as error:
+        raise BoundaryError(
+            f"rank {mesh.rank} could not average gradients with ranks {mesh.stage_ranks} of its "
+            f"stage: one is no longer running or is stuck; its own log says why. "
+            f"[{str(error).strip().splitlines()[0]}]"
+        ) from error
+    for parameter, anywhere in zip(parameters, seen.tolist(), strict=True):
+        if not anywhere:
+            parameter.grad = None
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

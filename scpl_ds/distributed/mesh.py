@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import socket
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from scpl_ds.errors import RecipeError
 
@@ -40,7 +41,12 @@ class Mesh:
     """
 
     def __init__(
-        self, pipeline_ranks: int, data_parallel_ranks: int, device_type: str, *, timeout_s: float
+        self,
+        pipeline_ranks: int,
+        data_parallel_ranks: int,
+        device: torch.device | str,
+        *,
+        timeout_s: float,
     ) -> None:
         world = dist.get_world_size()
         if pipeline_ranks * data_parallel_ranks != world:
@@ -52,14 +58,33 @@ class Mesh:
         self.pp_size, self.dp_size = pipeline_ranks, data_parallel_ranks
         self.pp_rank, self.dp_rank = divmod(self.rank, data_parallel_ranks)
         self.timeout_s = timeout_s
-        self.device_mesh: DeviceMesh = init_device_mesh(
-            device_type, (pipeline_ranks, data_parallel_ranks), mesh_dim_names=("pp", "dp")
-        )
-        self.dp_group: Any = self.device_mesh.get_group("dp")
-        timeout = datetime.timedelta(seconds=timeout_s)
+        self._device = torch.device(device)
         # Headers, CPU payloads and control words: gloo always, and apart from the collectives.
-        self.boundary_group: Any = dist.new_group(backend="gloo", timeout=timeout)
-        self.control_group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self.boundary_group: Any = self.new_group(None, backend="gloo")
+        self.control_group: Any = self.new_group(None, backend="gloo")
+        self._dp_backend = self._choose_backend()
+        for pp_rank in range(pipeline_ranks):
+            ranks = [self.rank_of(pp_rank, dp) for dp in range(data_parallel_ranks)]
+            group, control = self.new_group(ranks), self.new_group(ranks, backend="gloo")
+            if pp_rank == self.pp_rank:
+                self.dp_group: Any = group
+                self.dp_control_group: Any = control
+
+    def new_group(self, ranks: list[int] | None, **options: Any) -> Any:
+        """A process group of global ``ranks`` (None: all) with this mesh's timeout, on the backend
+        of the data-parallel groups unless ``backend`` says otherwise."""
+        options.setdefault("backend", getattr(self, "_dp_backend", None))
+        timeout = datetime.timedelta(seconds=self.timeout_s)
+        return dist.new_group(ranks, timeout=timeout, **options)
+
+    def _choose_backend(self) -> str | None:
+        """NCCL (the world's default on GPUs) unless two ranks share a GPU, which it refuses."""
+        if self._device.type != "cuda":
+            return "gloo"
+        uuid = str(torch.cuda.get_device_properties(self._device).uuid)
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, (socket.gethostname(), uuid), group=self.control_group)
+        return None if len(set(everyone)) == len(everyone) else "gloo"
 
     @property
     def world_size(self) -> int:
@@ -83,7 +108,3 @@ class Mesh:
 
     def rank_of(self, pp_rank: int, dp_rank: int = 0) -> int:
         return pp_rank * self.dp_size + dp_rank
-
-    def name(self) -> str:
-        """``pp1 dp0``: how this rank is called in logs."""
-        return f"pp{self.pp_rank} dp{self.dp_rank}"

@@ -21,6 +21,7 @@ from scpl_ds.errors import BoundaryError
 log = logging.getLogger(__name__)
 
 HEADER_BYTES = 4096
+_LAST_WORDS = datetime.timedelta(seconds=30)
 _ALIGN = 64  # every tensor starts on a cache line, so that a view of any dtype is legal
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -86,11 +87,15 @@ class BoundaryChannel:
             self._post("the end of the data", {"kind": "end"}, None)
 
     def send_error(self, message: str) -> None:
-        """Tell the next pipeline rank why nothing more will come. Never raises."""
+        """Tell the next pipeline rank why nothing more will come, and wait until it has heard, 30 s
+        at most. Never raises."""
         if self._mesh.next_rank is None:
             return
         try:
             self._post("an error", {"kind": "error", "message": message[:2000]}, None)
+            # Gloo forgets what is not taken when this process ends, and the peer may be computing.
+            self._timeout = min(self._timeout, _LAST_WORDS)
+            self.drain()
         except (RuntimeError, BoundaryError) as error:
             log.debug("could not pass the error on: %s", error)
 

@@ -19,12 +19,28 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclasses.dataclass(frozen=True)
 class RankEnv:
-    """The launcher's word on this process. Without a launcher: one process, rank 0 of 1."""
+    """Who this process is. Without a launcher or a world: one process, rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+
+    @classmethod
+    def current(cls) -> RankEnv:
+        """The word of the world that the user's script made, or else of the launcher.
+
+        A script that made its own (``mp.spawn``, ``init_process_group(rank=, world_size=)``) need
+        not have set any variable; those of the node are then guessed from the rank.
+
+        Raises:
+            RecipeError: There is no world, and the launcher set some variables but not others.
+        """
+        if not dist.is_initialized():
+            return cls.from_environ()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        return cls(rank, world_size, local_rank, _local_world_size(os.environ, world_size))
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> RankEnv:
@@ -46,9 +62,12 @@ class RankEnv:
             rank, world_size, local_rank = (int(environ[name]) for name in _VARIABLES[:3])
         except ValueError as error:
             raise RecipeError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}") from None
-        # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
-        local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world_size
-        return cls(rank, world_size, local_rank, int(local))
+        return cls(rank, world_size, local_rank, _local_world_size(environ, world_size))
+
+
+def _local_world_size(environ: Mapping[str, str], world_size: int) -> int:
+    # torchrun says LOCAL_WORLD_SIZE, deepspeed says LOCAL_SIZE.
+    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world_size)
 
 
 def pick_device(env: RankEnv) -> torch.device:
@@ -75,18 +94,19 @@ def set_cpu_threads(env: RankEnv) -> None:
 def init_world(env: RankEnv, device: torch.device, *, timeout_s: float) -> None:
     """Set up ``torch.distributed`` for this process, unless the user's script did so already.
 
-    One process without a launcher gets a world of one, with no port and no file. NCCL is used
-    only where every rank of the node has a GPU of its own: it refuses two ranks on one device.
+    One process without a launcher gets a world of one, with no port and no file.
 
     Args:
         timeout_s: Longest wait of any collective, in seconds.
     """
     if dist.is_initialized():
         return
-    enough_gpus = device.type == "cuda" and torch.cuda.device_count() >= env.local_world_size
-    backend = "cpu:gloo,cuda:nccl" if enough_gpus else "gloo"
+    # NCCL makes its connections at the first use, so naming it is free where ranks share a GPU.
+    has_nccl = device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ  # an address alone may be stale
+    if env.world_size == 1 and not launched:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)

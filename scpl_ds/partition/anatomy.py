@@ -26,6 +26,7 @@ from scpl_ds.partition._hf import (
     quiet_transformers,
 )
 from scpl_ds.partition._trace import Anatomy, TraceError, trace
+from scpl_ds.partition.config import check_problem_type
 from scpl_ds.partition.stage_module import dry_run
 
 __all__ = ["Anatomy", "analyze", "anatomy_of", "auto_class", "model_class"]
@@ -65,10 +66,12 @@ def analyze(model: PreTrainedModel) -> Anatomy:
     """The anatomy of a model in memory; its weights are neither read, copied nor changed.
 
     Raises:
-        PartitionError: The model cannot be cut into stages; the message says why and what to do.
+        PartitionError: The model cannot be cut into stages, or its loss is not one over classes;
+            the message says why and what to do.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         model_class(model.config, "causal-lm")  # says why not
+    check_problem_type(model.config)
 
     def build(dtype: torch.dtype) -> PreTrainedModel:
         memo: dict[int, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from transformers import AutoConfig, PretrainedConfig
@@ -9,12 +10,16 @@ from transformers import AutoConfig, PretrainedConfig
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition._hf import one_line
 
+log = logging.getLogger(__name__)
+
+SINGLE_LABEL = "single_label_classification"
+"""``config.problem_type`` of what is trained here: cross-entropy over one class a sample."""
+
 
 def load_config(
     name_or_path: str,
     *,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     num_labels: int | None = None,
     label_names: Sequence[str] = (),
     pad_token_id: int | None = None,
@@ -24,8 +29,8 @@ def load_config(
     Args:
         name_or_path: As ``from_pretrained`` takes it.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Let the repository's own config class run.
-        num_labels: Classes of the head; None leaves the config's.
+        num_labels: Classes of the head, and cross-entropy over them whatever loss the checkpoint
+            was trained with; None leaves both as the config has them.
         label_names: Class id -> name; used when there are exactly ``num_labels``.
         pad_token_id: The tokenizer's; None leaves the config's. Classifiers that look for the last
             token need it.
@@ -35,7 +40,7 @@ def load_config(
     """
     try:
         config = AutoConfig.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+            name_or_path, revision=revision, trust_remote_code=False
         )
     # transformers raises OSError, ValueError or KeyError, depending on what is missing or broken.
     except Exception as error:
@@ -45,6 +50,8 @@ def load_config(
             "hub model or a folder with config.json; `demo` is the embedded model. Without a "
             "network, download the model first and set HF_HUB_OFFLINE=1."
         ) from error
+    if num_labels is not None:
+        _train_on_classes(config, name_or_path)
     if num_labels is not None and num_labels != config.num_labels:
         config.num_labels = num_labels
     if num_labels is not None and len(label_names) == num_labels:
@@ -53,3 +60,28 @@ def load_config(
     if pad_token_id is not None:
         config.get_text_config().pad_token_id = pad_token_id
     return config
+
+
+def check_problem_type(config: PretrainedConfig) -> None:
+    """Refuse a model object whose own loss is not cross-entropy over classes.
+
+    Raises:
+        PartitionError: Its ``problem_type`` is regression or multi-label classification.
+    """
+    kind = getattr(config, "problem_type", None)
+    if kind not in (None, SINGLE_LABEL):
+        raise PartitionError(
+            f"model.config.problem_type is '{kind}', but the stages' losses need one class a "
+            f'sample. Set model.config.problem_type = "{SINGLE_LABEL}" if the labels are class ids '
+            "(int64 from 0); other tasks cannot be trained."
+        )
+
+
+def _train_on_classes(config: PretrainedConfig, name: str) -> None:
+    before = getattr(config, "problem_type", None)
+    if before not in (None, SINGLE_LABEL):
+        log.info(  # on all ranks alike: INFO is what rank 0 alone shows
+            "'%s' was trained for %s; here its head is trained with cross-entropy over classes.",
+            name, before,
+        )  # fmt: skip
+    config.problem_type = SINGLE_LABEL

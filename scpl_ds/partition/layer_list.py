@@ -3,9 +3,12 @@ returned."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,7 +33,12 @@ class LayerSpec:
 
 
 class TiedLayerSpec(LayerSpec):
-    """A layer that shares weights with the others of the same ``key``; within one stage only."""
+    """One module in several places of the list: all of the same ``key``, within one stage only.
+
+    As in DeepSpeed the first of them is built, and the others are that one, called by their own
+    ``forward_fn(module, value)``. ``tied_weight_attr`` is taken for its sake and not needed: it
+    says what several stages would have to agree on.
+    """
 
     def __init__(
         self,
@@ -91,28 +99,18 @@ class LayerListStage(nn.Module):
         self.layers = nn.ModuleDict()
         self._loss_fn = loss_fn
         self._calls: list[Callable[[Any], Any]] = []
-        tied: dict[str, nn.Module] = {}
+        tied: dict[str, Any] = {}
         for index in range(start, end):
             # Seeded by the layer's own number: a layer starts the same in whatever stage it is
             # built.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed((seed * 1_000_003 + index) % 2**63)
-                self._calls.append(self._build(layers[index], index, tied))
-
-    def _build(self, layer: Layer, index: int, tied: dict[str, nn.Module]) -> Callable[[Any], Any]:
-        built = layer.build() if isinstance(layer, BuildsLayer) else layer
-        if not isinstance(built, nn.Module):
-            return built
-        self.layers[str(index)] = built
-        if not isinstance(layer, TiesLayer):
-            return built
-        first = tied.setdefault(layer.key, built)
-        if first is not built:
-            for name in layer.tied_weight_attr:
-                owner, _, leaf = name.rpartition(".")
-                setattr(built.get_submodule(owner), leaf, first.get_parameter(name))
-        forward_fn = layer.forward_fn
-        return built if forward_fn is None else lambda value: forward_fn(built, value)
+                seen = set(tied)
+                built, call = _build(layers[index], tied)
+            self._calls.append(call)
+            again = isinstance(layer := layers[index], TiesLayer) and layer.key in seen
+            if isinstance(built, nn.Module) and not again:
+                self.layers[str(index)] = built
 
     def forward(
         self,
@@ -148,6 +146,17 @@ class LayerListStage(nn.Module):
                 "floating-point "
                 "tensor can cross a boundary. Cut elsewhere, or keep side values in the batch."
             )
+
+
+def _build(layer: Layer, tied: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+    """A layer and how it is called; ``tied`` holds the tied ones that were built before, by key."""
+    if isinstance(layer, TiesLayer):
+        if layer.key not in tied:
+            tied[layer.key] = layer.build()
+        built, forward_fn = tied[layer.key], layer.forward_fn
+        return built, built if forward_fn is None else functools.partial(forward_fn, built)
+    built = layer.build() if isinstance(layer, BuildsLayer) else layer
+    return built, built
 
 
 def check_layers(layers: Sequence[Layer], bounds: Sequence[int]) -> None:
@@ -195,10 +204,12 @@ def plan_layers(
     """Cut a list of layers: ``uniform``, ``parameters``, ``type:<regex>`` or explicit ranges.
 
     ``type:`` balances the layers whose class name matches, as DeepSpeed does. ``flops`` needs a
-    Hugging Face model and means ``parameters`` here.
+    Hugging Face model and means ``parameters`` here. All but ranges give every stage a layer with
+    something to train: a ReLU stays with its Linear.
 
     Raises:
-        PartitionError: More stages than layers, no layer matches, or the ranges do not fit.
+        PartitionError: More stages than layers (with something to train), no layer matches, or the
+            ranges do not fit.
     """
     if not 1 <= num_stages <= len(layers):
         raise PartitionError(
@@ -206,6 +217,16 @@ def plan_layers(
         )
     if not isinstance(method, str):
         return PartitionPlan(explicit_bounds(len(layers), num_stages, method), "explicit")
+    parameters = count_parameters(layers)
+    learning = sum(map(bool, parameters))
+    if num_stages > learning:
+        raise PartitionError(
+            f"{learning} of {len(layers)} layers have something to train, so they cannot be cut "
+            f"into {num_stages} stages that learn on their own. Use at most {learning} stages."
+            if learning
+            else f"none of the {len(layers)} layers has anything to train (no parameters, or all "
+            "frozen)."
+        )
     if method == "uniform":
         costs = [1] * len(layers)
     elif method.startswith("type:"):
@@ -218,10 +239,15 @@ def plan_layers(
                 f"{', '.join(sorted(set(names)))}."
             )
     else:
-        costs = count_parameters(layers)
+        costs = parameters
     sums = [0, *itertools.accumulate(costs)]
-    bounds = min_max_cut(len(layers), num_stages, lambda _, start, end: sums[end] - sums[start])
-    return PartitionPlan(bounds, method)
+    trained = [0, *itertools.accumulate(parameters)]
+
+    def cost(_: int, start: int, end: int) -> float:
+        learns = trained[end] > trained[start]
+        return sums[end] - sums[start] if learns else math.inf
+
+    return PartitionPlan(min_max_cut(len(layers), num_stages, cost), method)
 
 
 def _type_name(layer: Layer) -> str:
@@ -234,7 +260,8 @@ def boundary_width(
 ) -> int | None:
     """Last dimension of what layer ``end - 1`` returns, found without computing anything.
 
-    None when there is no example input to trace with.
+    None when there is no example input to trace with. Modules of the list are copied (shapes only)
+    and run as in evaluation, so that no BatchNorm counts the trace as a batch.
     """
     if example is None:
         return None
@@ -243,6 +270,23 @@ def boundary_width(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         source = example["inputs"] if isinstance(example, Mapping) else example
         value: Any = mode.from_tensor(source)
+        tied: dict[str, Any] = {}
         for layer in layers[:end]:
-            value = (layer.build() if isinstance(layer, BuildsLayer) else layer)(value)  # type: ignore[operator]
+            if isinstance(layer, nn.Module):
+                layer = copy.deepcopy(layer, {id(t): _fake(t) for t in _tensors(layer)})
+            built, call = _build(layer, tied)
+            if isinstance(built, nn.Module):
+                built.eval()
+            value = call(value)
     return int(value.shape[-1])
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    """The same shape without the memory, inside a ``FakeTensorMode``."""
+    fake = torch.empty_like(tensor)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

@@ -23,7 +23,9 @@ class PartitionPlan:
     method: str
     """``flops``, ``parameters``, ``uniform`` or ``explicit``."""
     head_flops: float = 0.0
-    """What a local head costs on every stage but the last; the cost of the cut counts it."""
+    """What a local head costs on every stage that has one; the cost of the cut counts it."""
+    head_on_last: bool = False
+    """Whether the last stage has a local head too, beside the epilogue."""
 
     @property
     def num_stages(self) -> int:
@@ -35,7 +37,7 @@ class PartitionPlan:
 
     def stage_flops(self, anatomy: Anatomy) -> list[float]:
         """Forward FLOPs of each stage for one sample of ``anatomy.sequence_length`` tokens."""
-        costs = _flop_costs(anatomy, self.num_stages, self.head_flops)
+        costs = _flop_costs(anatomy, self.num_stages, self.head_flops, self.head_on_last)
         return [costs(k, *self.span(k)) for k in range(self.num_stages)]
 
     def stage_parameters(self, anatomy: Anatomy) -> list[int]:
@@ -82,6 +84,7 @@ def make_plan(
     num_stages: int,
     method: str | Sequence[Sequence[int]] = "flops",
     head_flops: float = 0.0,
+    head_on_last: bool = False,
 ) -> PartitionPlan:
     """Cut a model into ``num_stages`` consecutive, non-empty stages.
 
@@ -95,6 +98,7 @@ def make_plan(
         method: One of the three, or a list of ``[first, one past last]`` per stage.
         head_flops: Forward FLOPs of a local head, for one sample of ``anatomy.sequence_length``
             tokens. Counted for every stage but the last, whose head is the epilogue.
+        head_on_last: Count it for the last stage too (``scpl.head.detach_features`` is not false).
 
     Raises:
         PartitionError: More stages than layers, fewer than one, an unknown method, or a list that
@@ -110,12 +114,14 @@ def make_plan(
             "split)."
         )
     if not isinstance(method, str):
-        return PartitionPlan(explicit_bounds(layers, num_stages, method), "explicit", head_flops)
+        bounds = explicit_bounds(layers, num_stages, method)
+        return PartitionPlan(bounds, "explicit", head_flops, head_on_last)
     if method == "uniform":
         each, more = divmod(layers, num_stages)
         bounds = tuple(k * each + min(k, more) for k in range(num_stages + 1))
     elif method == "flops":
-        bounds = min_max_cut(layers, num_stages, _flop_costs(anatomy, num_stages, head_flops))
+        costs = _flop_costs(anatomy, num_stages, head_flops, head_on_last)
+        bounds = min_max_cut(layers, num_stages, costs)
     elif method == "parameters":
         bounds = min_max_cut(layers, num_stages, _parameter_costs(anatomy, num_stages))
     else:
@@ -123,7 +129,7 @@ def make_plan(
             f"scpl.partition: unknown method '{method}'{did_you_mean(method, METHODS)} "
             f"Known: {', '.join(METHODS)}; or a list such as [[0, 3], [3, 6]]."
         )
-    return PartitionPlan(bounds, method, head_flops)
+    return PartitionPlan(bounds, method, head_flops, head_on_last)
 
 
 def min_max_cut(
@@ -221,10 +227,11 @@ def render_plan(
     return "\n".join([title, *(line.rstrip() for line in lines)])
 
 
-def _flop_costs(anatomy: Anatomy, num_stages: int, head: float) -> Callable[[int, int, int], float]:
-    return _costs(
-        anatomy.layer_flops, anatomy.prologue_flops, anatomy.epilogue_flops, num_stages, head
-    )
+def _flop_costs(
+    anatomy: Anatomy, num_stages: int, head: float, head_on_last: bool
+) -> Callable[[int, int, int], float]:
+    epilogue = anatomy.epilogue_flops + (head if head_on_last else 0.0)
+    return _costs(anatomy.layer_flops, anatomy.prologue_flops, epilogue, num_stages, head)
 
 
 def _parameter_costs(anatomy: Anatomy, num_stages: int) -> Callable[[int, int, int], float]:

@@ -271,7 +271,7 @@ class StageModule(nn.Module):
         def capture(module: nn.Module, args: Any, output: Any) -> Any:
             several = isinstance(output, (tuple, list))
             hidden = output[0] if several else output
-            captured.append((hidden, hidden._version))
+            captured.append((hidden, _version(hidden)))
             if not detach_features:
                 return None
             return (hidden.detach(), *output[1:]) if several else hidden.detach()
@@ -293,7 +293,7 @@ class StageModule(nn.Module):
             handle.remove()
 
     def _unchanged(self, hidden: Tensor, version: int) -> Tensor:
-        if hidden._version != version:
+        if _version(hidden) != version:
             raise PartitionError(
                 f"the model changes the output of layer {self.end - 1} in place after the layer, "
                 "so it cannot be sent on. Cut elsewhere, or choose another model."
@@ -307,6 +307,11 @@ class StageModule(nn.Module):
         are detached and share memory with the stage.
         """
         return dict(self.model.state_dict())
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts in-place changes; inference tensors do not."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def stage_from_model(model: PreTrainedModel, anatomy: Anatomy, start: int, end: int) -> StageModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
-from scpl_ds.optim import OptimizerState
+from scpl_ds.errors import CheckpointError
+from scpl_ds.optim import OptimizerState, moment_names
 
 
 class StageBackend(abc.ABC):
@@ -43,14 +44,20 @@ class StageBackend(abc.ABC):
         """The module's forward, through whatever the backend puts around it."""
 
     @abc.abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients, scaled by 1 / gradient_accumulation_steps."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradients, scaled by 1 / gradient_accumulation_steps.
+
+        ``last``: it is the step's last micro-batch; a backend may begin to average gradients.
+        """
 
     @abc.abstractmethod
-    def end_micro_batch(self, lr: float | None) -> Tensor | None:
-        """After each backward. With a learning rate (the last micro-batch of a step): average the
-        gradients over the data-parallel ranks, clip, update, and return the norm before
-        clipping."""
+    def step(self, lr: float) -> Tensor | None:
+        """After the last backward of a step: average the gradients over the data-parallel ranks,
+        clip, update, forget them; returns the norm before clipping."""
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Forget the gradients of a step that will not be finished."""
 
     @abc.abstractmethod
     def parameters_by_name(self) -> dict[str, Tensor]:
@@ -64,6 +71,9 @@ class StageBackend(abc.ABC):
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Put back what ``optimizer_state`` gave; parameters without an entry start from zero."""
 
+    def close(self) -> None:
+        """Let go of the module and its memory; nothing is asked of this backend afterwards."""
+
     def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         """Set parameters and buffers by name; names that are absent keep their value."""
         with torch.no_grad():
@@ -75,7 +85,7 @@ class StageBackend(abc.ABC):
 def set_lr(optimizer: Any, lr: float) -> None:
     """Give every parameter group its learning rate for the coming step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr
 
 
 def plain_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
@@ -90,10 +100,32 @@ def plain_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -
     return OptimizerState(step, moments)
 
 
+def check_moments(optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
+    """Refuse the memory of another optimizer; an empty one (no step taken yet) fits all.
+
+    Raises:
+        CheckpointError: ``optimizer`` keeps something else than ``state`` holds.
+    """
+    found, kept = frozenset(state.moments), moment_names(optimizer)
+    if not found or kept is None or found == kept:
+        return
+    raise CheckpointError(
+        f"the checkpoint's optimizer state has {_listed(found)}, but {type(optimizer).__name__} "
+        f"keeps {_listed(kept)} as set up here: it is of another optimizer. Use the optimizer of "
+        "the run that saved it, or load_checkpoint(..., load_optimizer_states=False)."
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = sorted(names) or ["nothing"]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def load_plain_optimizer_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, state: OptimizerState
 ) -> None:
     """Inverse of ``plain_optimizer_state``."""
+    check_moments(optimizer, state)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in module.named_parameters():
         if id(parameter) not in trained or not state.moments:

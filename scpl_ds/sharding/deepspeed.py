@@ -65,8 +65,8 @@ COLLECTIVES = {
 }
 
 
-def stage_world(group: Any, ranks: Sequence[int]) -> None:
-    """Make ``deepspeed.comm`` see ``group`` (global ``ranks``, in order) as the world.
+def stage_world(mesh: Mesh) -> None:
+    """Make ``deepspeed.comm`` see this rank's data-parallel group as the world.
 
     Installed once per process; all stages of a rank share one group, because they share their
     data-parallel ranks.
@@ -92,14 +92,13 @@ def stage_world(group: Any, ranks: Sequence[int]) -> None:
     if ds_comm.cdb is None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     base: Any = ds_comm.cdb
-    if getattr(base, "scpl_stage_group", None) is group:
+    if getattr(base, "scpl_stage_group", None) is mesh.dp_group:
         return
-    whole = getattr(base, "scpl_whole_world", base)
-    ds_comm.cdb = _stage_communicator(whole, group, list(ranks))
+    ds_comm.cdb = _stage_communicator(getattr(base, "scpl_whole_world", base), mesh)
 
 
-def _stage_communicator(base: Any, stage_group: Any, stage_ranks: list[int]) -> Any:
-    kind = type(base)
+def _stage_communicator(base: Any, mesh: Mesh) -> Any:
+    kind, stage_group, stage_ranks = type(base), mesh.dp_group, mesh.stage_ranks
 
     def is_world(group: Any) -> bool:
         return group is None or group is dist.group.WORLD
@@ -123,7 +122,7 @@ def _stage_communicator(base: Any, stage_group: Any, stage_ranks: list[int]) -> 
         def new_group(self, ranks: Sequence[int]) -> Any:
             whole = [stage_ranks[r] for r in ranks]
             # Only the stage's ranks come here, so the others must not be waited for.
-            return dist.new_group(whole, use_local_synchronization=True)
+            return mesh.new_group(whole, use_local_synchronization=True)
 
         def get_global_rank(self, group: Any, group_rank: int) -> int:
             whole = dist.get_global_rank(stage_group if is_world(group) else group, group_rank)
@@ -174,10 +173,12 @@ class DeepSpeedBackend(StageBackend):
         device: torch.device,
     ) -> None:
         super().__init__(module, optimizer, section, mesh, device)
-        stage_world(mesh.dp_group, mesh.stage_ranks)
+        stage_world(mesh)
         import deepspeed
 
-        # zero.Init and some checks compare groups with the launcher's WORLD_SIZE.
+        # DeepSpeed takes LOCAL_RANK for the number of the GPU: not so where ranks share one, or see
+        # only their own. And it compares groups with the launcher's WORLD_SIZE.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
         with environment(WORLD_SIZE=str(mesh.dp_size), RANK=str(mesh.dp_rank)):
             self.engine: Any = deepspeed.initialize(
                 model=module,
@@ -193,20 +194,29 @@ class DeepSpeedBackend(StageBackend):
     def forward(self, **inputs: Any) -> dict[str, Any]:
         return self.engine(**inputs)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # Said every time: DeepSpeed's own count would stay off for ever after a discarded step.
+        self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
-    def end_micro_batch(self, lr: float | None) -> Tensor | None:
+    def step(self, lr: float) -> Tensor | None:
         norm = None
-        if lr is not None:
-            set_lr(self.engine.optimizer, lr)
-            if not self._sharded:  # DeepSpeed keeps no norm in fp32 without ZeRO
-                grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(grads)
+        set_lr(self.engine.optimizer, lr)
+        if not self._sharded:  # DeepSpeed keeps no norm in fp32 without ZeRO
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
         self.engine.step()
-        if lr is not None and norm is None:
+        if norm is None:
             norm = self.engine.get_global_grad_norm()
         return norm if norm is None or torch.is_tensor(norm) else torch.tensor(float(norm))
+
+    def discard(self) -> None:
+        self.engine.zero_grad()
+        if self._sharded:
+            zero = self.engine.optimizer
+            zero.zero_grad()
+            for group in zero.averaged_gradients:  # in place: parameters hold on to this dict
+                zero.averaged_gradients[group] = None
 
     def parameters_by_name(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -218,6 +228,9 @@ class DeepSpeedBackend(StageBackend):
                 whole = safe_get_full_fp32_param(tensor)
             result[name] = (tensor if whole is None else whole).detach().to("cpu", copy=True)
         return result
+
+    def close(self) -> None:
+        self.engine.destroy()  # its hooks keep it, and all it holds, alive for ever
 
     def load_parameters(self, tensors: Any) -> None:
         from deepspeed.utils import safe_set_full_fp32_param

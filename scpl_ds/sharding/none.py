@@ -26,14 +26,15 @@ class NoneBackend(StageBackend):
     def forward(self, **inputs: Any) -> dict[str, Any]:
         return self.module(**inputs)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         (loss / self.section.gradient_accumulation_steps).backward()
 
-    def end_micro_batch(self, lr: float | None) -> Tensor | None:
-        if lr is None:
-            return None
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, lr: float) -> Tensor | None:
+        average_gradients([p for p in self.module.parameters() if p.requires_grad], self.mesh)
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        average_gradients(parameters, self.mesh)
         limit = self.section.gradient_clipping
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
         set_lr(self.optimizer, lr)

@@ -157,16 +157,38 @@ def test_the_end_of_the_data_reaches_every_stage_as_stop_iteration() -> None:
     assert engine.global_steps == 2
 
 
-@distributed(3)
-def test_an_error_on_one_stage_is_told_to_the_later_ones() -> None:
-    engine = runs.engine(3)
-    good = next(runs.batches())
-    bad = {**good, "labels": good["labels"].double()}
-    engine.train_batch(iter([good]))
-    expected = "label" if dist.get_rank() == 0 else "before it failed with"
-    with pytest.raises(Exception, match=expected) as caught:
-        engine.train_batch(iter([bad]))
-    assert dist.get_rank() == 0 or isinstance(caught.value, BoundaryError)
+def test_a_rank_that_fails_and_leaves_has_told_the_later_ones_why(tmp_path: Path) -> None:
+    """Rank 0 raises and its process ends while rank 1 is still computing the step before."""
+
+    def body() -> None:
+        engine = runs.engine(3)
+        good = next(runs.batches())
+        if dist.get_rank() == 1:  # its forward of the good batch takes until rank 0 has raised
+            forward, store = engine.stages[0].forward, dist.distributed_c10d._get_default_store()
+
+            def slow(batch: MicroBatch) -> MicroBatch:
+                store.wait(["rank 0 has raised"])
+                return forward(batch)
+
+            engine.stages[0].forward = slow  # type: ignore[method-assign]
+        engine.train_batch(iter([good]))
+        if dist.get_rank() == 0:
+            store = dist.distributed_c10d._get_default_store()
+            send_error = engine._channel.send_error
+
+            def say(message: str) -> None:
+                store.set("rank 0 has raised", "")
+                send_error(message)
+
+            engine._channel.send_error = say  # type: ignore[method-assign]
+        engine.train_batch(iter([{**good, "labels": good["labels"].double()}]))
+
+    pids = {fork_rank(rank, 3, tmp_path, body): rank for rank in range(3)}
+    assert sorted(rank for rank, _ in wait_for(pids, limit_s=60)) == [0, 1, 2]
+    told = [(tmp_path / f"error-{rank}").read_text() for rank in range(3)]
+    assert "label" in told[0] and "BoundaryError" not in told[0]
+    for text in told[1:]:
+        assert "before it failed with" in text and "label" in text
 
 
 def test_a_killed_rank_ends_the_others_with_its_name(tmp_path: Path) -> None:

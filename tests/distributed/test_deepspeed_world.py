@@ -52,8 +52,8 @@ def test_deepspeeds_collectives_stay_inside_the_stage() -> None:
     import deepspeed.comm as ds
 
     mesh = Mesh(2, 2, "cpu", timeout_s=20)
-    stage_world(mesh.dp_group, mesh.stage_ranks)
-    stage_world(mesh.dp_group, mesh.stage_ranks)  # a second engine of this rank
+    stage_world(mesh)
+    stage_world(mesh)  # a second engine of this rank
     assert ds.get_world_size() == 2 and ds.get_rank() == mesh.dp_rank
     assert dist.get_world_size() == 4 and dist.get_rank() == mesh.rank
 

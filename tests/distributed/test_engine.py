@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scpl_ds.distributed.collectives import MetricsMailbox, barrier
+from scpl_ds.distributed.collectives import MetricsMailbox, average_gradients, barrier
 from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.errors import CheckpointError
+from scpl_ds.errors import CheckpointError, DataError
 from tests.support import runs
 from tests.support.distributed import distributed
 
@@ -158,5 +158,88 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
     other = scpl_ds.initialize(model=runs.model(layers=6), config=runs.config(2), seed=1).engine
     if dist.get_rank() == 1:
-        with pytest.raises(CheckpointError, match=r"is of another model: it has no '.*layer.4"):
+        with pytest.raises(CheckpointError, match=r"is of another model: it has 4 layers, this one 6"):
             other.load_checkpoint(tmp_path)
+
+
+BACKENDS = [{}, {"sharding": "deepspeed"}, {"sharding": "deepspeed", "zero": 1}]
+
+
+@pytest.mark.parametrize("options", BACKENDS, ids=["none", "zero0", "zero1"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@distributed(lambda ranks: ranks)
+def test_data_that_end_in_the_middle_of_a_step_leave_no_trace(ranks: int, options: dict) -> None:
+    """Accumulation 2, five micro-batches, then two more steps: as if the fifth had never come."""
+    weights = []
+    for numbers in ([0, 1, 2, 3, 4], [0, 1, 2, 3]):
+        engine = runs.engine(2, accumulation=2, **options)
+        batches = list(itertools.islice(runs.batches(), 9))
+        epoch = iter([batches[n] for n in numbers])
+        engine.train_batch(epoch)
+        engine.train_batch(epoch)
+        if len(numbers) == 5:
+            with pytest.raises(StopIteration):
+                engine.train_batch(epoch)
+        again = iter(batches[5:])
+        for _ in range(2):
+            engine.train_batch(again)
+        engine.drain()
+        weights.append(runs.weights_of_engine(engine))
+        assert engine.global_steps == 4
+    runs.assert_equal(weights[0], weights[1])
+
+
+@distributed(4)
+def test_eval_batch_is_the_mean_over_data_parallel_ranks_on_every_rank() -> None:
+    engine = runs.engine(2, pipeline_ranks=2)
+    batches = list(itertools.islice(runs.batches(), 4))
+    lane = iter(batches[engine.mesh.dp_rank :: 2])
+    loss = engine.eval_batch(lane, num_micro_batches=2)
+    with torch.no_grad():
+        wanted = torch.stack([runs.model()(**batch).loss for batch in batches]).mean()
+    torch.testing.assert_close(loss, wanted)
+    lane = iter(batches[engine.mesh.dp_rank :: 2])
+    own = engine.eval_batch(lane, num_micro_batches=2, reduce_output=None, bcast_loss=False)
+    assert (own is not None) is engine.is_last_stage()
+    with pytest.raises(ValueError, match="'avg' or None, got 'sum'"):
+        engine.eval_batch(None, reduce_output="sum")
+
+
+@distributed(3)
+def test_evaluation_data_that_end_early_are_told_to_every_stage() -> None:
+    engine = runs.engine(3)
+    with pytest.raises(DataError, match="ended after 1 of 2 micro-batches"):
+        engine.eval_batch(iter([next(runs.batches())]), num_micro_batches=2)
+
+
+@distributed(2)
+def test_a_parameter_without_a_gradient_on_one_lane_counts_as_zeros_there() -> None:
+    mesh = Mesh(1, 2, "cpu", timeout_s=20)
+    first, second, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    (first if mesh.rank == 0 else second).grad = torch.full((3,), 4.0)
+    average_gradients([first, second, unused], mesh)
+    assert first.grad is not None and second.grad is not None
+    assert first.grad.tolist() == second.grad.tolist() == [2.0] * 3
+    assert unused.grad is None
+
+
+@distributed(2)
+def test_every_group_of_the_mesh_has_the_recipes_timeout() -> None:
+    mesh = Mesh(1, 2, "cpu", timeout_s=7)
+    for group in (mesh.dp_group, mesh.dp_control_group, mesh.control_group, mesh.boundary_group):
+        backend = group._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.total_seconds() == 7
+
+
+@distributed(2)
+def test_module_only_loading_keeps_the_step_and_the_optimizer(tmp_path: Path) -> None:
+    engine = runs.engine(2)
+    data = runs.batches()
+    for _ in range(3):
+        engine.train_batch(data)
+    engine.save_checkpoint(tmp_path)
+    fresh = runs.engine(2)
+    fresh.load_checkpoint(tmp_path, load_module_only=True)
+    assert fresh.global_steps == 0
+    assert all(stage.optimizer_state().step == 0 for stage in fresh.stages)
+    runs.assert_equal(runs.weights_of_engine(fresh), runs.weights_of_engine(engine))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import scpl_ds
 from scpl_ds.schedules import bubble_fraction, one_f_one_b, render_both, simulate, stream
 from tests.docs.pages import BLOCKS, PAGES, ROOT
 
@@ -66,3 +68,29 @@ def test_every_page_is_in_the_index():
     for page in (ROOT / "docs").rglob("*.md"):
         name = str(page.relative_to(ROOT / "docs"))
         assert name == "index.md" or f"({name})" in index, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_path)
+def test_every_row_of_a_table_has_the_cells_of_its_header(page: Path):
+    """A row that is wrapped is not a row any more, and the rest of the table is lost with it."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    header: list[str] | None = None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            assert header is None or not line, f"{page.name}: glued to a table: {line}"
+            header = None
+            continue
+        assert line.endswith("|"), f"{page.name}: {line}"
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]
+        header = header or cells
+        assert len(cells) == len(header), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_path)
+def test_no_number_is_still_to_be_measured(page: Path):
+    assert "MEASURE" not in page.read_text()
+
+
+def test_the_version_is_the_same_in_the_package_and_in_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert scpl_ds.__version__ == project["version"]

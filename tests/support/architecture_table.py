@@ -36,19 +36,52 @@ columns are what was found for the last tested task; a module that is the same f
 
 ## What is refused, and why
 
-| found in the model | why | what to do |
-|---|---|---|
-| encoder-decoder (T5, BART, Whisper) | two stacks of layers | an encoder-only or decoder-only model
-| | no stack, several stacks, shared layers (ALBERT, CANINE, XLM, vision + text) | no single place
-to cut | another model | | layers not called once each, in order | a stage would run twice or never
-| another model | | trained side inputs to layers (DeBERTa's relative attention, MPNet, Zamba) |
-their gradient would cross stages | another model; for DeBERTa `relative_attention=False` | | a
-module with parameters used before and after the layers | two stages would train it | another model
-| | parameters outside modules beside the layers (XLNet) | no stage to give them to | move them into
-a module | | hidden states that are not [batch, positions, hidden] (DeepSeek V4) | objectives need
-that shape | another model | | code from a model's own repository, quantised weights | not tested,
-not trained | the original checkpoint, a class in transformers |
+"""
 
+_REFUSED = [
+    (
+        "encoder-decoder (T5, BART, Whisper)",
+        "two stacks of layers",
+        "an encoder-only or decoder-only model",
+    ),
+    (
+        "no stack, several stacks, shared layers (ALBERT, CANINE, XLM, vision + text)",
+        "no single place to cut",
+        "another model",
+    ),
+    (
+        "layers not called once each, in order",
+        "a stage would run twice or never",
+        "another model",
+    ),
+    (
+        "trained side inputs to layers (DeBERTa's relative attention, MPNet, Zamba)",
+        "their gradient would cross stages",
+        "another model; for DeBERTa `relative_attention=False`",
+    ),
+    (
+        "a module with parameters used before and after the layers",
+        "two stages would train it",
+        "another model",
+    ),
+    (
+        "parameters outside modules beside the layers (XLNet)",
+        "no stage to give them to",
+        "move them into a module",
+    ),
+    (
+        "hidden states that are not [batch, positions, hidden] (DeepSeek V4)",
+        "objectives need that shape",
+        "another model",
+    ),
+    (
+        "code from a model's own repository, quantised weights",
+        "not tested, not trained",
+        "the original checkpoint, a class in transformers",
+    ),
+]
+
+_END = """
 ## Tied embeddings
 
 With one stage a tie is kept. With more, the embedding is on the first stage and the output matrix
@@ -75,11 +108,15 @@ def render() -> str:
             ", ".join(f"`{n}`" for n in part)
             for part in (anatomy.prologue, (anatomy.layers,), anatomy.epilogue)
         ]
-        rows.append(
-            f"| {' | '.join([architecture.title, f'`{architecture.model_type}`', *ticks, *names])} "
-            "|\n"
-        )
-    return _HEAD + "".join(rows) + _TAIL
+        rows.append(_row(architecture.title, f"`{architecture.model_type}`", *ticks, *names))
+    refused = [_row("found in the model", "why", "what to do"), "|---|---|---|\n"]
+    refused += [_row(*line) for line in _REFUSED]
+    return "".join([_HEAD, *rows, _TAIL, *refused, _END])
+
+
+def _row(*cells: str) -> str:
+    """One line: a row that is wrapped is no longer a row."""
+    return f"| {' | '.join(cells)} |\n"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 
 import scpl_ds
 from scpl_ds import LayerSpec, PipelineModule, TiedLayerSpec
-from scpl_ds.errors import DataError, PartitionError, RecipeError
+from scpl_ds.errors import CheckpointError, DataError, PartitionError, RecipeError
 from tests.support import tiny
 
 CLASSES, WIDTH = 3, 8
@@ -157,6 +157,68 @@ def test_train_batch_without_data_says_how_to_give_some():
         engine.train_batch()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_is_refused_instead_of_training_in_half(dtype: torch.dtype):
+    """transformers 5 loads a checkpoint in its own dtype; it used to train in pure bf16."""
+    word = r"bf16|float16"
+    with pytest.raises(RecipeError, match=rf"({word}).*from_pretrained\(\.\.\., dtype=torch.float32"):
+        scpl_ds.initialize(model=bert().to(dtype), config=config())
+    for layers in (
+        [nn.Linear(WIDTH, 16), nn.Linear(16, CLASSES, dtype=dtype)],
+        [LayerSpec(nn.Linear, WIDTH, 16, dtype=dtype), nn.Linear(16, CLASSES)],
+    ):
+        with pytest.raises(RecipeError, match=rf"layers\.[01]\.weight.*({word}).*torch.float32"):
+            module = pipeline(layers, partition_method="uniform", input_example=None)
+            objective = {"name": "supcon", "projection": "identity", "layer_norm": False}
+            scpl_ds.initialize(model=module, config=config(objective=objective))
+
+
+def test_a_frozen_stage_with_nothing_to_train_is_refused_by_its_layers():
+    """It used to end in torch's 'optimizer got an empty parameter list'."""
+    model = bert()
+    for part in (model.bert.embeddings, *model.bert.encoder.layer[:2]):  # pyright: ignore
+        part.requires_grad_(False)
+    made = config(objective={"name": "supcon", "projection": "identity", "layer_norm": False})
+    with pytest.raises(
+        PartitionError, match=r"stage 0 \(layers 0 to 1\) has nothing to train.*[Uu]nfreeze"
+    ):
+        scpl_ds.initialize(model=model, config=made)
+    engine, *_ = scpl_ds.initialize(
+        model=model, config={**made, "scpl": {**made["scpl"], "partition": [[0, 3], [3, 4]]}}
+    )
+    engine.train_batch(texts())
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_initialize_cuts_as_a_recipe_does_and_counts_every_local_head(detach: bool):
+    """``initialize`` did not count the heads; nobody counted that of a detached last stage."""
+    objective = {"name": "supcon", "projection": "mlp", "hidden_dim": 4096, "projection_dim": 4096}
+    made = config(2, objective=objective, head={"detach_features": detach})
+    engine, *_ = scpl_ds.initialize(model=bert(), config=made)
+    head = engine.stages[0].module.objective
+    assert head is not None and engine.plan.head_flops == head.flops(1, 1) > 0
+    # Stage 0 has a head dearer than all layers together. So has the last stage, when it has one.
+    assert engine.plan.bounds == ((0, 2, 4) if detach else (0, 1, 4))
+
+
+def test_initialize_leaves_the_scripts_random_numbers_alone():
+    model = bert()
+    before = torch.get_rng_state()
+    scpl_ds.initialize(model=model, config=config())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pair_for_a_hugging_face_model_is_refused_with_what_to_do():
+    """HF said 'You have to specify exactly one of input_ids or inputs_embeds'."""
+    engine, *_ = scpl_ds.initialize(model=bert(), config=config())
+    batch = next(texts())
+    with pytest.raises(DataError, match=r"'input_ids'.*'attention_mask'.*set_batch_fn"):
+        engine.train_batch(iter([(batch["input_ids"], batch["labels"])]))
+    engine.train_batch(iter([({"input_ids": batch["input_ids"]}, batch["labels"])]))
+    engine.set_batch_fn(lambda pair: {"input_ids": pair[0], "labels": pair[1]})
+    engine.train_batch(iter([(batch["input_ids"], batch["labels"])]))
+
+
 # -- a list of layers ----------------------------------------------------------------------
 
 
@@ -207,6 +269,20 @@ def test_partition_type_balances_the_layers_of_that_class():
         scpl_ds.initialize(model=pipeline(partition_method="type:conv"), config=config())
 
 
+def test_num_stages_of_the_module_is_enough():
+    """'scpl.stages is required', though the module had it."""
+    made = config()
+    del made["scpl"]["stages"]
+    for num_stages in (1, 3):
+        engine, *_ = scpl_ds.initialize(model=pipeline(num_stages=num_stages), config=made)
+        assert engine.num_stages == num_stages
+    with pytest.raises(RecipeError, match=r"scpl.stages: is required"):
+        scpl_ds.initialize(model=pipeline(), config=made)
+    made["scpl"]["pipeline_ranks"] = 3
+    with pytest.raises(RecipeError, match="pipeline_ranks: 3 is more than stages: 2"):
+        scpl_ds.initialize(model=pipeline(num_stages=2), config=made)
+
+
 def test_num_stages_of_the_module_wins_over_the_configs():
     engine, *_ = scpl_ds.initialize(model=pipeline(num_stages=3), config=config(2))
     assert engine.num_stages == 3
@@ -225,13 +301,31 @@ def test_a_tie_across_stages_is_refused_by_name():
         scpl_ds.initialize(model=module, config=config())
 
 
-def test_a_tie_within_a_stage_is_one_weight_through_training():
+def test_a_tie_within_a_stage_is_one_module_as_in_deepspeed():
+    """Only ``tied_weight_attr`` was shared; DeepSpeed (pipe/module.py, _build) shares it all."""
     module = pipeline(tied(second=2), partition_method=[[0, 3], [3, 6]])
     engine, *_ = scpl_ds.initialize(model=module, config=config())
+    body = engine.stages[0].module.body
+    layers = body.layers  # type: ignore[attr-defined]
+    before = layers["0"].weight.detach().clone()
     engine.train_batch(blobs())
-    layers = engine.stages[0].module.body.layers  # type: ignore[attr-defined]
-    assert layers["0"].weight is layers["2"].weight
-    assert layers["0"].bias is not layers["2"].bias
+    assert sorted(layers) == ["0", "1"] and not torch.equal(layers["0"].weight, before)
+    x, _ = next(blobs())
+    found = body({"inputs": x}, None).hidden_states
+    wanted = layers["0"](layers["1"](layers["0"](x)))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_a_tie_with_a_forward_fn_has_the_width_that_it_gives():
+    """The trace for the width used to call the layer itself."""
+    transpose = TiedLayerSpec(
+        "shared", nn.Linear, WIDTH, 16, forward_fn=lambda layer, x: x @ layer.weight
+    )
+    layers = [TiedLayerSpec("shared", nn.Linear, WIDTH, 16), transpose, nn.Linear(WIDTH, CLASSES)]
+    module = pipeline(layers, partition_method=[[0, 2], [2, 3]])
+    engine, *_ = scpl_ds.initialize(model=module, config=config())
+    assert engine.stages[0].module.body.hidden_size == WIDTH
+    engine.train_batch(blobs())
 
 
 def test_a_head_with_weights_needs_an_input_example():
@@ -265,6 +359,53 @@ def test_deepspeeds_own_layer_specs_are_taken():
         scpl_ds.initialize(model=cut, config=config())
 
 
+@pytest.mark.parametrize(
+    ("layers", "word"),
+    [
+        (nn.Linear(WIDTH, CLASSES), "a Linear is neither a Hugging Face model nor a list of lay"),
+        (torch.tanh, "neither a Hugging Face model nor a list"),
+        ("bert-base-uncased", "a str is neither .*from_pretrained"),
+    ],
+)
+def test_a_model_that_is_no_list_is_refused_by_what_it_is(layers: Any, word: str):
+    """It was "TypeError: 'Linear' object is not iterable"."""
+    for make in (lambda: scpl_ds.initialize(model=layers, config=config()),
+                 lambda: PipelineModule(layers, loss_fn=F.cross_entropy)):  # fmt: skip
+        with pytest.raises(RecipeError, match=word):
+            make()
+
+
+def test_a_sequential_is_a_list_of_layers():
+    layers: Any = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    engine, *_ = scpl_ds.initialize(model=pipeline(layers), config=config())
+    engine.train_batch(blobs())
+
+
+def test_activation_checkpointing_is_refused_by_its_name():
+    """DeepSpeed's default, 0, is taken; it was "unexpected keyword argument"."""
+    pipeline(activation_checkpoint_interval=0)
+    with pytest.raises(RecipeError, match=r"activation_checkpoint_interval: 2.*planned; use 0"):
+        pipeline(activation_checkpoint_interval=2)
+
+
+def test_a_last_stage_with_nothing_to_train_is_refused_by_its_layers():
+    layers = [nn.Linear(WIDTH, 16), nn.Linear(16, CLASSES), nn.Flatten()]
+    module = pipeline(layers, partition_method=[[0, 2], [2, 3]])
+    with pytest.raises(PartitionError, match=r"stage 1 \(layer 2\) has nothing to train"):
+        scpl_ds.initialize(model=module, config=config())
+
+
+def test_a_batch_norm_is_not_touched_by_looking_for_the_width():
+    """num_batches_tracked went up once for every boundary."""
+    norm = nn.BatchNorm1d(16)
+    layers = [nn.Linear(WIDTH, 16), norm, nn.ReLU(), nn.Linear(16, CLASSES)]
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    scpl_ds.initialize(model=pipeline(layers, partition_method="uniform"), config=config(2))
+    tiny.assert_same(dict(norm.state_dict()), before)
+    assert norm.training and norm.num_batches_tracked is not None
+    assert type(norm.num_batches_tracked) is torch.Tensor
+
+
 def test_a_list_of_layers_without_a_loss_is_refused():
     with pytest.raises(RecipeError, match=r"needs a loss_fn\(outputs, labels\)"):
         PipelineModule(mlp())
@@ -292,6 +433,53 @@ def test_a_function_makes_each_stages_optimizer():
     engine.train_batch(blobs())
     engine.train_batch(blobs())
     assert made[0].param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("kind", ["WarmupDecayLR", "WarmupCosineLR"])
+@pytest.mark.parametrize("total", ["auto", None])
+def test_a_schedule_that_needs_the_runs_length_is_not_guessed(kind: str, total: str | None):
+    """It trained at a learning rate of 0, silently: the length was taken to be one step."""
+    params: dict[str, Any] = {"warmup_num_steps": 2}
+    if kind == "WarmupDecayLR":
+        params["warmup_max_lr"] = "auto"
+    if total:
+        params["total_num_steps"] = total
+    made = {**config(), "scheduler": {"type": kind, "params": params}}
+    with pytest.raises(RecipeError, match=rf"total_num_steps: {kind} .*or pass lr_scheduler="):
+        scpl_ds.initialize(model=pipeline(), config=made)
+    *_, lr_at = scpl_ds.initialize(model=pipeline(), config=made, lr_scheduler=lambda step: 0.5)
+    assert lr_at(7) == 0.5
+    params["total_num_steps"] = 10
+    *_, lr_at = scpl_ds.initialize(model=pipeline(), config=made)
+    assert lr_at(3) > lr_at(6) > 0
+
+
+OPTIMIZERS = [
+    ("AdamW", {}), ("AdamW", {"amsgrad": True}), ("Adam", {"adam_w_mode": False}), ("SGD", {}),
+    ("SGD", {"momentum": 0.9}), ("Adagrad", {"weight_decay": 0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "params"), OPTIMIZERS)
+@pytest.mark.parametrize(("sharding", "zero"), [("none", 0), ("deepspeed", 0), ("deepspeed", 1)])
+def test_every_optimizer_trains_under_every_backend_or_is_refused(
+    kind: str, params: dict[str, Any], sharding: str, zero: int
+):
+    made = config(sharding=sharding)
+    made["optimizer"] = {"type": kind, "params": {"lr": 1e-2, **params}}
+    made["zero_optimization"] = {"stage": zero}
+    if (kind, zero) == ("Adagrad", 1):  # crashed in the first step
+        with pytest.raises(RecipeError, match=r"optimizer.type: Adagrad .*zero_optimization.stage"):
+            scpl_ds.initialize(model=pipeline(), config=made)
+        return
+    engine, *_ = scpl_ds.initialize(model=pipeline(), config=made)
+    weights = [dict(stage.parameters_by_name()) for stage in engine.stages]
+    batches = blobs()
+    for _ in range(2):
+        engine.train_batch(batches)
+    for stage, before in zip(engine.stages, weights, strict=True):
+        after = stage.parameters_by_name()
+        assert all(not torch.equal(after[n], t) for n, t in before.items() if t.ndim > 1)
 
 
 @pytest.mark.parametrize("what", ["optimizer", "model_parameters"])
@@ -371,3 +559,39 @@ def test_an_engine_that_loads_goes_on_as_the_one_that_saved(sharding: str, tmp_p
             second.train_batch(iter([batch]))
         second.save_checkpoint(tmp_path, tag="again")
         tiny.assert_same(tiny.tensors_of(tmp_path / "again"), tiny.tensors_of(tmp_path / "end"))
+
+
+KEPT_BY = [
+    ("SGD", {"momentum": 0.9}, "momentum_buffer"),
+    ("AdamW", {}, "exp_avg and exp_avg_sq"),
+    ("AdamW", {"amsgrad": True}, "exp_avg, exp_avg_sq and max_exp_avg_sq"),
+    ("Adagrad", {}, "sum"),
+]
+
+
+@pytest.mark.parametrize("sharding", ["none", "deepspeed"])
+@pytest.mark.parametrize("saved", range(4))
+@pytest.mark.parametrize("loaded", range(4))
+def test_the_state_of_another_optimizer_is_refused(
+    sharding: str, saved: int, loaded: int, tmp_path: Path
+):
+    """It loaded in silence and ended in "KeyError: 'exp_avg'" at the next step, or never."""
+
+    def engine(number: int) -> scpl_ds.Engine:
+        kind, params, _ = KEPT_BY[number]
+        made = config(sharding=sharding)
+        made["optimizer"] = {"type": kind, "params": {"lr": 1e-2, **params}}
+        return scpl_ds.initialize(model=pipeline(), config=made).engine
+
+    first, batch = engine(saved), next(blobs())
+    first.train_batch(iter([batch]))
+    first.save_checkpoint(tmp_path)
+    second = engine(loaded)
+    if saved != loaded:
+        there, here = KEPT_BY[saved][2], KEPT_BY[loaded][2]
+        with pytest.raises(CheckpointError, match=rf"has {there}\b.* keeps {here}\b.*saved it"):
+            second.load_checkpoint(tmp_path)
+        second.load_checkpoint(tmp_path, load_optimizer_states=False)
+    else:
+        second.load_checkpoint(tmp_path)
+    second.train_batch(iter([batch]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,25 +29,21 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return put(tiny.make(tmp_path_factory.mktemp("tiny")), {"train.max_steps": 1})
 
 
-def test_help_and_version_start_without_torch():
+def test_help_and_version_import_nothing_but_the_standard_library():
+    """They answer at once; torch alone would take seconds."""
     code = (
-        "import sys, scpl_ds.cli\n"
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "import scpl_ds.cli\n"
         "try: scpl_ds.cli.main(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "more = {m.partition('.')[0] for m in set(sys.modules) - before}\n"
+        "more -= {'scpl_ds', *sys.stdlib_module_names}\n"
+        "assert not more, more"
     )
     for argv in (["--help"], ["--version"], ["train", "--help"]):
-        took = []
-        for _ in range(3):  # the best of three: other tests may be using the machine
-            began = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True
-            )
-            took.append(time.monotonic() - began)
-            if took[-1] < 1:
-                break
-        assert min(took) < 1
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         assert "scpl-ds" in done.stdout
 
 

@@ -104,6 +104,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"steps_per_print": "auto"}, "steps_per_print: must be a whole number, got 'auto'"),
     ({"zero_optimization": True}, "deepspeed.zero_optimization: must be a mapping, got True"),
     ({"zero_optimization": {"stage": 4}}, "stage: must be 0, 1, 2 or 3, got 4"),
+    (
+        {"zero_optimization": {"stage": 1}, "optimizer": {"type": "adagrad"}},
+        "deepspeed.optimizer.type: Adagrad does not work with ZeRO",
+    ),
     ({"zero_optimization": {"stage": 2}}, "ZeRO stage 2 is planned; use stage 0 or 1"),
     ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3 is planned; use stage 0 or 1"),
     (

@@ -84,8 +84,8 @@ class ToOneFile(Tracker):
 class HalfRate(NoneBackend):
     """Plain torch at half the learning rate."""
 
-    def end_micro_batch(self, lr: float | None) -> Tensor | None:
-        return super().end_micro_batch(None if lr is None else lr / 2)
+    def step(self, lr: float) -> Tensor | None:
+        return super().step(lr / 2)
 
 
 def later_stages_first(

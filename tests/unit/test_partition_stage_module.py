@@ -240,3 +240,11 @@ def test_anatomy_tells_the_owner_of_every_tensor() -> None:
     for name in model.state_dict():
         owners = [anatomy.owns(name, a, b) for a, b in [(0, 1), (1, 2), (2, 3)]]
         assert sum(owners) == 1, name
+
+
+def test_a_stage_runs_in_inference_mode() -> None:
+    whole, (first, last) = stages_of("bert", CLASSIFY, 0, 1, 3)
+    inputs = batch(CLASSIFY, "right")
+    with torch.inference_mode():
+        output = last(inputs, first(inputs, None).hidden_states)
+        assert torch.equal(output.logits, whole(**inputs).logits)
