@@ -101,3 +101,22 @@ def as_inputs(item: Any) -> dict[str, Tensor]:
                 "for it."
             )
     return inputs
+
+
+def as_named_inputs(item: Any) -> dict[str, Tensor]:
+    """``as_inputs`` for a model that takes its inputs by name, as Hugging Face's do.
+
+    A lone tensor is not taken for ``input_ids``: padding would be read as text in silence.
+
+    Raises:
+        DataError: A pair whose first half has no names, or what ``as_inputs`` refuses.
+    """
+    inputs = as_inputs(item)
+    if not isinstance(item, Mapping) and not isinstance(item[0], Mapping):
+        raise DataError(
+            "A Hugging Face model takes its inputs by name, but the batch is an (inputs, labels) "
+            f"pair whose inputs are a tensor of shape {list(inputs['inputs'].shape)}. Give "
+            "{'input_ids': ..., 'attention_mask': ..., 'labels': ...}, or a function that makes it "
+            "of a batch: engine.set_batch_fn(lambda pair: {...})."
+        )
+    return inputs

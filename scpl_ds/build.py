@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from scpl_ds import registry
+from scpl_ds.batch import as_named_inputs
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine import Engine
-from scpl_ds.errors import RecipeError
-from scpl_ds.optim import build_optimizer, lr_schedule
-from scpl_ds.partition.anatomy import analyze
+from scpl_ds.errors import PartitionError, RecipeError
+from scpl_ds.optim import build_optimizer, lr_schedule, needs_total_steps
+from scpl_ds.partition.anatomy import Anatomy, analyze
 from scpl_ds.partition.layer_list import (
     Layer,
     LayerListStage,
@@ -50,6 +51,7 @@ class PipelineModule:
         input_example: With a list of layers: one batch of inputs, so that the width of each
             boundary is known and a local head with weights can be built (``projection: linear`` or
             ``mlp``). Only its shape is used.
+        activation_checkpoint_interval: DeepSpeed's; only 0 for now.
 
     Nothing is built, and no process group is needed, before ``scpl_ds.initialize``.
     """
@@ -61,8 +63,21 @@ class PipelineModule:
         loss_fn: Callable[[Any, Tensor], Tensor] | None = None,
         partition_method: str | Sequence[Sequence[int]] | None = None,
         input_example: Tensor | None = None,
+        *,
+        activation_checkpoint_interval: int = 0,
     ) -> None:
+        if activation_checkpoint_interval != 0:
+            raise RecipeError(
+                f"PipelineModule: activation_checkpoint_interval: {activation_checkpoint_interval} "
+                "is planned; use 0. A stage holds the activations of one micro-batch at a time."
+            )
         if not isinstance(layers, PreTrainedModel):
+            if isinstance(layers, str) or not isinstance(layers, Iterable):
+                raise RecipeError(
+                    f"a {type(layers).__name__} is neither a Hugging Face model nor a list of "
+                    "layers. Give what AutoModelFor...from_pretrained() returns, or "
+                    "PipelineModule([layer, layer, ...], loss_fn=...)."
+                )
             layers = list(layers)
             if loss_fn is None:
                 raise RecipeError(
@@ -80,11 +95,12 @@ class PipelineModule:
         if isinstance(self.layers, PreTrainedModel):
             model = self.layers
             anatomy = analyze(model)
-            plan = make_plan(anatomy, stages, method)
+            num_labels = getattr(model.config, "num_labels", None)
+            plan = plan_stages(anatomy, scpl, num_labels=num_labels, method=method)
             return (
                 plan,
                 lambda k: as_body(stage_from_model(model, anatomy, *plan.span(k))),
-                getattr(model.config, "num_labels", None),
+                num_labels,
             )
         layers = self.layers
         plan = plan_layers(layers, stages, method)
@@ -101,6 +117,26 @@ class PipelineModule:
             )
 
         return plan, body, None
+
+
+def plan_stages(
+    anatomy: Anatomy,
+    scpl: ScplSection,
+    *,
+    num_labels: int | None,
+    method: str | Sequence[Sequence[int]] | None = None,
+) -> PartitionPlan:
+    """Cut a Hugging Face model, each local head counted on the stage that has one.
+
+    ``method`` goes before ``scpl.partition``.
+    """
+    on_last = scpl.head.detach_features is not False
+    head_flops = 0
+    if scpl.stages > 1 or on_last:
+        with torch.random.fork_rng(devices=[]):
+            head = scpl.objective.create(hidden_size=anatomy.hidden_size, num_labels=num_labels)
+        head_flops = head.flops(1, anatomy.sequence_length)
+    return make_plan(anatomy, scpl.stages, method or scpl.partition, head_flops, on_last)
 
 
 class Initialized(NamedTuple):
@@ -162,21 +198,24 @@ def initialize(
     config = config if config is not None else getattr(args, "deepspeed_config", None)
     if config is None:
         raise RecipeError("initialize() needs config=: a ds_config.json or its contents.")
-    scpl, section = recipe_from_ds_config(config)
     pipeline = model if isinstance(model, PipelineModule) else PipelineModule(model)
-    env = RankEnv.from_environ()
+    scpl, section = recipe_from_ds_config(config, stages=pipeline.num_stages)
+    lr_at = lr_scheduler or _constant_or_scheduled(section)
+    if isinstance(pipeline.layers, PreTrainedModel):
+        _refuse_half(pipeline.layers)
+    env = RankEnv.current()
     set_cpu_threads(env)
     device = pick_device(env)
     init_world(env, device, timeout_s=scpl.timeout_s)
-    if pipeline.num_stages is not None:
-        scpl = scpl.model_copy(update={"stages": pipeline.num_stages})
     pipeline_ranks, dp_size = check_world(scpl, env.world_size)
     mesh = Mesh(pipeline_ranks, dp_size, device, timeout_s=scpl.timeout_s)
     plan, make_body, num_labels = pipeline.cut(scpl, seed)
     engine = build_engine(
         plan, make_body, scpl, section, mesh, device,
-        num_labels=num_labels, seed=seed, make_optimizer=optimizer, lr_at=lr_scheduler,
+        num_labels=num_labels, seed=seed, make_optimizer=optimizer, lr_at=lr_at,
     )  # fmt: skip
+    if isinstance(pipeline.layers, PreTrainedModel):
+        engine.set_batch_fn(as_named_inputs)
     loader = None
     if training_data is not None:
         loader = BatchLoader(
@@ -204,7 +243,7 @@ def build_engine(
     *,
     num_labels: int | None,
     seed: int,
-    lr_at: Callable[[int], float] | None = None,
+    lr_at: Callable[[int], float],
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> Engine:
     """An engine over this rank's stages of ``plan``; ``make_body`` is called for those only."""
@@ -212,20 +251,27 @@ def build_engine(
     backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
     objective = registry.resolve("objective", scpl.objective.name, where="scpl.objective.name")
 
-    def optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    def optimizer(k: int, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        if not (trainable := list(named)):
+            raise PartitionError(_nothing_to_train(plan, k))
         if make_optimizer is not None:
-            return make_optimizer([parameter for _, parameter in named])
-        return build_optimizer(named, section)
+            return make_optimizer([parameter for _, parameter in trainable])
+        return build_optimizer(trainable, section)
+
+    def body(k: int) -> StageBody:
+        made = make_body(k)
+        _refuse_half(made)
+        return made
 
     stages = [
         build_stage(
             k,
-            make_body(k),
+            body(k),
             make_objective=functools.partial(
                 _make_objective, objective, scpl.objective.options, num_labels
             ),
             detach_features=scpl.head.detach_features,
-            make_optimizer=optimizer,
+            make_optimizer=functools.partial(optimizer, k),
             backend=backend,
             section=section,
             mesh=mesh,
@@ -242,7 +288,7 @@ def build_engine(
         channel,
         section,
         schedule=registry.resolve("schedule", scpl.schedule, where="scpl.schedule"),
-        lr_at=lr_at or _constant_or_scheduled(section),
+        lr_at=lr_at,
         device=device,
     )
 
@@ -260,6 +306,38 @@ def _make_objective(kind: Any, options: Any, num_labels: int | None, hidden: int
 
 
 def _constant_or_scheduled(section: DeepSpeedSection) -> Callable[[int], float]:
-    """The config's scheduler, or a constant learning rate, as ``deepspeed.initialize`` has it."""
+    """The config's scheduler, or a constant learning rate, as ``deepspeed.initialize`` has it.
+
+    Raises:
+        RecipeError: The scheduler ends with the run, whose length is not written: nobody says here
+            how many steps will be asked for.
+    """
+    spec = section.scheduler
+    if spec is not None and needs_total_steps(spec):
+        raise RecipeError(
+            f"deepspeed.scheduler.params.total_num_steps: {spec.type} ends with the "
+            "run, and 'auto' or nothing does not say when that is (a recipe knows). Write the "
+            "number of optimizer steps, or pass lr_scheduler= to initialize()."
+        )
     factor = lr_schedule(section, TrainSection(lr_scheduler_type="constant"), total_steps=1)
     return lambda step: section.lr * factor(step)
+
+
+def _refuse_half(module: Any) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() < 4:
+            raise RecipeError(
+                f"the model is in {parameter.dtype} ('{name}'): with an fp32 config it would train "
+                "in pure half precision. Load it with from_pretrained(..., dtype=torch.float32), "
+                "or call model.float(); mixed precision is planned."
+            )
+
+
+def _nothing_to_train(plan: PartitionPlan, k: int) -> str:
+    start, end = plan.span(k)
+    layers = f"layer {start}" if end - start == 1 else f"layers {start} to {end - 1}"
+    return (
+        f"stage {k} ({layers}) has nothing to train: its layers are frozen or have no parameters, "
+        "and it has no local head with weights. Unfreeze some of them, move the cut "
+        "(scpl.partition), or use fewer stages (scpl.stages)."
+    )

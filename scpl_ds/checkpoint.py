@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
 HEAD_PREFIX = "scpl_heads."
+_CONTENT = {
+    "step": int, "bounds": list, "tensors": dict, "moments": dict, "bytes": dict,
+    "client_state": dict,
+}  # fmt: skip
+"""What a manifest holds, beside ``format``; a list is not empty."""
 
 
 class Writer:
@@ -112,14 +117,7 @@ class Writer:
             "client_state": dict(client_state),
         }
         write_text(self._partial / MANIFEST, json.dumps(manifest, indent=1))
-        if self._folder.exists():
-            old = self._folder.with_name(f"{self._folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            self._folder.rename(old)
-            self._partial.rename(self._folder)
-            shutil.rmtree(old)
-        else:
-            self._partial.rename(self._folder)
+        replace_folder(self._folder, self._partial)
         _sync_folder(self._folder.parent)
         if save_latest:
             write_text(self._folder.parent / LATEST, self._folder.name)
@@ -148,6 +146,13 @@ class Reader:
                 f"{folder} has checkpoint format {self.manifest.get('format')!r}; this version of "
                 f"scpl_ds reads format {FORMAT}."
             )
+        for key, kind in _CONTENT.items():
+            value = manifest.get(key)
+            if not isinstance(value, kind) or value == []:
+                raise CheckpointError(
+                    f"{path} is damaged: '{key}' is missing or not a {kind.__name__}."
+                    f"{_others(folder)}"
+                )
         for name, size in self.manifest["bytes"].items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
@@ -239,12 +244,18 @@ def resolve(folder: Path, tag: str | None = None) -> Path:
     if tag is not None:
         folder = folder / tag
     if not folder.exists():
-        raise CheckpointError(f"There is no checkpoint {folder}: no such folder.{_others(folder)}")
+        kept = _complete(folder)
+        if kept is None:
+            raise CheckpointError(
+                f"There is no checkpoint {folder}: no such folder.{_others(folder)}"
+            )
+        return kept
     if tag is not None or _is_checkpoint(folder):
         return folder
     named = _latest(folder)
-    if named is not None and (named / MANIFEST).is_file():
-        return named
+    whole = None if named is None else _complete(named)
+    if whole is not None:
+        return whole
     complete = completed(folder)
     if not complete:
         raise CheckpointError(
@@ -269,14 +280,27 @@ def _latest(folder: Path) -> Path | None:
     return folder / file.read_text().strip() if file.is_file() else None
 
 
+def _complete(folder: Path) -> Path | None:
+    """``folder`` if it is complete, or the checkpoint that it was about to replace."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    old = _aside(folder)
+    if not (old / MANIFEST).is_file():
+        return None
+    log.warning("%s was being replaced when the save was interrupted: using %s.", folder, old)
+    return old
+
+
 def completed(folder: Path) -> list[Path]:
-    """Complete ``checkpoint-N`` folders below ``folder``, oldest step first."""
-    found = [
-        path.parent
-        for path in folder.glob(f"checkpoint-*/{MANIFEST}")
-        if path.parent.name.removeprefix("checkpoint-").isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """Complete ``checkpoint-N`` folders below ``folder``, oldest step first. One that was about to
+    be replaced by another of its step counts if that one never came."""
+    found: dict[int, Path] = {}
+    for prefix, suffix in ((".checkpoint-", ".old"), ("checkpoint-", "")):
+        for path in folder.glob(f"{prefix}*{suffix}/{MANIFEST}"):
+            step = path.parent.name.removeprefix(prefix).removesuffix(suffix)
+            if step.isdigit():
+                found[int(step)] = path.parent
+    return [found[step] for step in sorted(found)]
 
 
 def prune(folder: Path, keep: int | None) -> None:
@@ -291,6 +315,22 @@ def prune(folder: Path, keep: int | None) -> None:
     spared = keep if named is None else keep - 1
     for path in others[: max(0, len(others) - spared)]:
         shutil.rmtree(path)
+        shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Give ``new`` the name ``folder``; what had it before is kept aside until that is done."""
+    old = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where ``folder`` lies while another takes its name; a kill in that moment leaves it there."""
+    return folder.with_name(f".{folder.name}.old")
 
 
 def write_text(path: Path, text: str) -> None:

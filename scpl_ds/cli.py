@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from scpl_ds import __version__
-from scpl_ds.errors import BoundaryError, OtherRankFailed, ScplError
+from scpl_ds.errors import BoundaryError, OtherRankFailed, RecipeError, ScplError
 
 if TYPE_CHECKING:
     from scpl_ds.run_folder import RunFolder
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _GRACE_S = 3.0
+_RANKS = "ranks to place the stages on; without it scpl.pipeline_ranks, or one a stage"
 _OVERRIDES = "key=value with the value as YAML, for example train.max_steps=20"
 
 
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("recipe", help="YAML or JSON file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
-    plan.add_argument("--ranks", type=_ranks, default=None, help="ranks to place the stages on")
+    plan.add_argument("--ranks", type=_ranks, default=None, help=_RANKS)
     score = add("eval", _eval, "Score a run's latest checkpoint over its stages.")
     score.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     score.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
@@ -131,7 +132,9 @@ def _plan(args: argparse.Namespace) -> int:
     from scpl_ds.setup import cut_model, draw_schedule
 
     model = cut_model(recipe)
-    pipeline_ranks, dp_size = check_world(recipe, args.ranks or recipe.scpl.stages)
+    asked = recipe.scpl.pipeline_ranks
+    ranks = args.ranks or (recipe.scpl.stages if asked == "auto" else asked)
+    pipeline_ranks, dp_size = check_world(recipe, ranks)
     table = render_plan(
         model.plan, model.anatomy, pipeline_ranks=pipeline_ranks, data_parallel=dp_size
     )
@@ -157,7 +160,7 @@ def _export(args: argparse.Namespace) -> int:
     _choose_accelerator()
     from scpl_ds.export import export_checkpoint
 
-    out = export_checkpoint(folder, args.out, task=recipe.model.task)
+    out = export_checkpoint(folder, args.out.expanduser(), task=recipe.model.task)
     sys.stdout.write(f"{out}\n")
     return 0
 
@@ -169,7 +172,13 @@ def _schema(args: argparse.Namespace) -> int:
     if args.out is None:
         sys.stdout.write(text)
     else:
-        args.out.write_text(text)
+        try:
+            args.out.expanduser().write_text(text)
+        except OSError as error:
+            raise RecipeError(
+                f"--out {args.out}: cannot be written ({error.strerror}); name a file in a folder "
+                "that exists."
+            ) from error
     return 0
 
 
@@ -178,7 +187,7 @@ def _open(path: str, overrides: list[str]):
     from scpl_ds import checkpoint
     from scpl_ds.run_folder import open_run
 
-    where = Path(path)
+    where = Path(path).expanduser()
     inside = (where / checkpoint.MANIFEST).is_file() or where.name.startswith("checkpoint-")
     _, recipe = open_run(where.parent if inside else where, overrides)
     return recipe, checkpoint.resolve(where)

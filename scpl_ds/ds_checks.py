@@ -1,7 +1,7 @@
 """What can be wrong with a ``deepspeed`` section, each with a path and a way out.
 
-Three kinds: keys and values DeepSpeed itself would not take (or would ignore), values that
-contradict the ``train`` section, and what this package cannot do yet (:func:`unsupported`).
+Two kinds: keys and values DeepSpeed itself would not take (or would ignore), and values that
+contradict the ``train`` section. What this package cannot do yet is in ``ds_limits``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AT_LEAST = {
     "optimizer.params.lr": 0,
     "optimizer.params.weight_decay": 0,
     "optimizer.params.eps": 0,
-    "scheduler.params.warmup_num_steps": 1,
+    "scheduler.params.warmup_num_steps": 0,
     "scheduler.params.total_num_steps": 1,
 }
 
@@ -37,24 +37,6 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "str": ("a text", (str,)),
     "list": ("a list", (list, tuple)),
     "dict": ("a mapping", (Mapping,)),
-}
-
-_WHOLE_SECTIONS = [
-    "autotuning",
-    "data_efficiency",
-    "expert_parallel",
-    "tensor_parallel",
-    "weight_quantization",
-    "hybrid_engine",
-    "compile",
-    "datastates_ckpt",
-]
-
-_MONITORS = {
-    "wandb": "use trackers: [{name: wandb}]",
-    "csv_monitor": "metrics.jsonl in the run folder always has all metrics",
-    "tensorboard": "remove it",
-    "comet": "remove it",
 }
 
 
@@ -111,86 +93,12 @@ def check_values(section: DeepSpeedSection) -> list[Problem]:
     return [p.under("deepspeed") for p in problems] + _conflicts(section)
 
 
-def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
-    """What DeepSpeed could do and this package refuses, by name. The one place to lift a limit.
-
-    Args:
-        section: A section whose keys were found good.
-        sharding: Name of the backend (``scpl.sharding``).
-    """
-    config, problems = section.filled, list[Problem]()
-
-    def refuse(path: str, reason: str) -> None:
-        problems.append(Problem(dotted("deepspeed", path), reason))
-
-    zero = config.get("zero_optimization") or {}
-    stage = section.zero_stage
-    if stage in (2, 3):
-        refuse("zero_optimization.stage", f"ZeRO stage {stage} is planned; use stage 0 or 1")
-    if stage == 1 and sharding == "none":
-        refuse(
-            "zero_optimization.stage",
-            "scpl.sharding 'none' keeps the whole optimizer state on every rank; use stage 0, or "
-            "scpl.sharding: deepspeed",
-        )
-    if stage and section.optimizer.type == "adagrad":
-        refuse(
-            "optimizer.type",
-            "Adagrad does not work with ZeRO: DeepSpeed rebuilds it with one parameter group, "
-            "which loses the weight decay of each. Use zero_optimization.stage: 0, or another "
-            "optimizer",
-        )
-    for key, value in zero.items():
-        offload = isinstance(value, Mapping) and key.startswith("offload_")
-        if (offload and value.get("device") not in (None, "none")) or (
-            key in ("cpu_offload", "cpu_offload_param", "zenflow") and value
-        ):
-            refuse(f"zero_optimization.{key}", "offloading is planned; remove this key")
-        elif (key == "zero_hpz_partition_size" and value not in (None, 1)) or (
-            key.startswith("zero_quantized_") and value
-        ):
-            refuse(f"zero_optimization.{key}", "ZeRO++ is planned; remove this key")
-    for key in ("bf16", "bfloat16", "fp16", "torch_autocast"):
-        if lookup(config, f"{key}.enabled"):
-            refuse(key, "mixed precision is planned; train in fp32 (enabled: false)")
-    if "pipeline" in config:
-        refuse(
-            "pipeline",
-            "is for DeepSpeed's own PipelineEngine; set scpl.stages, scpl.partition and "
-            "scpl.pipeline_ranks instead",
-        )
-    for key, way in _MONITORS.items():
-        if lookup(config, f"{key}.enabled"):
-            refuse(key, f"would start one monitor per stage; {way}")
-    for key in _WHOLE_SECTIONS:
-        block = config.get(key)
-        if block and not (isinstance(block, Mapping) and block.get("enabled") is False):
-            refuse(key, "does not work with stages that train on their own; remove this section")
-    for key, allowed in (
-        ("sequence_parallel_size", (None, 1)),
-        ("managed_gradient_accumulation", (None, True)),
-        ("gradient_allreduce_op", (None, "mean")),
-        ("data_types.grad_accum_dtype", (None, "fp32")),
-        ("checkpoint.load_universal", (None, False)),
-        ("dataloader_drop_last", (None, True)),
-        ("optimizer.legacy_fusion", (None, False)),
-        ("optimizer.params.bias_correction", (None, True)),
-        ("optimizer.params.fp32_optimizer_states", (None, True)),
-        ("scheduler.params.last_batch_iteration", (None, -1)),
-    ):
-        value = lookup(config, key)
-        if value not in allowed:
-            refuse(key, f"{show(value)} is not supported; use {allowed[1]!r} or remove the key")
-    activation = config.get("activation_checkpointing") or {}
-    if any(activation.values()):
-        refuse("activation_checkpointing", "is planned; remove this section")
-    return problems
-
-
 def _check_section(config: Mapping[str, Any], known: Keys, prefix: str) -> list[Problem]:
     problems: list[Problem] = []
     for key, value in config.items():
         path = dotted(prefix, key)
+        if path in ds_keys.REMOVED_PATHS and is_off(value):
+            continue
         if key not in known:
             problems.append(Problem(path, _unknown(key, known, prefix)))
             continue
@@ -207,10 +115,15 @@ def _check_section(config: Mapping[str, Any], known: Keys, prefix: str) -> list[
     return problems
 
 
+def is_off(value: Any) -> bool:
+    """Whether the value of a removed key asks for nothing: files carry such blocks for years."""
+    if isinstance(value, Mapping):
+        return not value or value.get("enabled") is False
+    return value in (None, False, -1)
+
+
 def _unknown(key: str, known: Keys, prefix: str) -> str:
-    if (not prefix and key in ds_keys.REMOVED) or (
-        prefix == "zero_optimization" and key in ds_keys.REMOVED_ZERO
-    ):
+    if dotted(prefix, key) in ds_keys.REMOVED_PATHS:
         return "was removed from DeepSpeed; delete it"
     alias = ds_keys.ALIASES.get(key)
     if alias in known:
@@ -243,18 +156,23 @@ def _check_typed(
         usable = ", ".join(_spelled(t) for t in types)
         if any(str(wanted).lower() == other.lower() for other in others):
             return [Problem(f"{name}.type", f"'{wanted}' is not supported; use one of {usable}")]
+        if name == "optimizer" and str(wanted).lower() in ds_keys.REMOVED_OPTIMIZERS:
+            message = (
+                f"'{wanted}', an optimizer of older DeepSpeed releases, is not supported; use one "
+                f"of {usable}"
+            )
+            return [Problem(f"{name}.type", message)]
         near = did_you_mean(str(wanted), [_spelled(t) for t in types])
         return [Problem(f"{name}.type", f"unknown {name} '{wanted}'{near} Known: {usable}")]
     params = block.get("params")
     if not isinstance(params, Mapping):
         return []
+    clip: list[Problem] = []
     if "max_grad_norm" in params:
+        same = params["max_grad_norm"] == config.get("gradient_clipping")
         params = {k: v for k, v in params.items() if k != "max_grad_norm"}
-        clip = [
-            Problem(f"{name}.params.max_grad_norm", "unknown key; set deepspeed.gradient_clipping")
-        ]
-    else:
-        clip = []
+        message = "unknown key; set deepspeed.gradient_clipping"
+        clip = [] if same else [Problem(f"{name}.params.max_grad_norm", message)]
     return clip + _check_section(params, types[match], f"{name}.params")
 
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
+import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from scpl_ds.ds_checks import check_keys, check_values, drop, hint, lookup, put, unsupported
-from scpl_ds.ds_keys import AUTO_DROPPED, FILLS, OPTIMIZER_PARAMS
+from scpl_ds.ds_checks import check_keys, check_values, drop, hint, lookup, put
+from scpl_ds.ds_keys import AUTO_DROPPED, FILLS, OPTIMIZER_PARAMS, REMOVED_PATHS
+from scpl_ds.ds_limits import unsupported
 from scpl_ds.errors import RecipeError
 from scpl_ds.problems import recipe_error
 
 __all__ = ["BatchSizes", "DeepSpeedSection", "OptimizerSpec", "SchedulerSpec", "unsupported"]
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -86,6 +91,7 @@ class DeepSpeedSection:
             problems = check_values(section) + unsupported(section, sharding)
         if problems:
             raise recipe_error(problems, where)
+        section.warn_of_defaults()
         return section
 
     @cached_property
@@ -95,6 +101,8 @@ class DeepSpeedSection:
         for path in AUTO_DROPPED:
             if lookup(config, path) == "auto":
                 drop(config, path)
+        for path in (*REMOVED_PATHS, "optimizer.params.max_grad_norm"):
+            drop(config, path)  # checked: they ask for nothing, or for the same as another key
         optimizer = config.setdefault("optimizer", {})
         optimizer.setdefault("type", "AdamW")
         known = OPTIMIZER_PARAMS.get(str(optimizer["type"]).lower(), {})
@@ -116,6 +124,17 @@ class DeepSpeedSection:
                 else:
                     drop(config, path)
         return config
+
+    def warn_of_defaults(self) -> None:
+        """Say on rank 0 that nobody wrote down the micro-batch, which decides what is trained."""
+        path = "train_micro_batch_size_per_gpu"
+        silent = lookup(self.raw, path) == "auto" and hint(path, self.train) is None
+        if silent and os.environ.get("RANK", "0") == "0":
+            log.warning(
+                "deepspeed.%s is 'auto' and train.per_device_train_batch_size is not set: it is "
+                "Hugging Face's %d. A contrastive objective compares these rows, so write it down.",
+                path, FILLS[path].default,
+            )  # fmt: skip
 
     @property
     def micro_batch_size(self) -> int:

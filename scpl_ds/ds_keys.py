@@ -180,6 +180,9 @@ OPTIMIZER_PARAMS: dict[str, Keys] = {
 OTHER_OPTIMIZERS = ("Lamb", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD")
 """Types that DeepSpeed knows and ``optim`` does not (yet)."""
 
+REMOVED_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam")
+"""Lower-case types of older DeepSpeed releases that 0.19.8 no longer has."""
+
 SCHEDULER_PARAMS: dict[str, Keys] = {
     "WarmupLR": keys(
         float="warmup_min_lr warmup_max_lr",
@@ -218,6 +221,9 @@ REMOVED = [
 """Top-level keys that older DeepSpeed releases read and 0.19.8 refuses."""
 
 REMOVED_ZERO = ["mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"]
+
+REMOVED_PATHS = (*REMOVED, *(f"zero_optimization.{key}" for key in REMOVED_ZERO))
+"""The same as dotted paths. DeepSpeed refuses them even where they switch nothing on."""
 
 ALIASES = {
     "learning_rate": "lr",
@@ -266,8 +272,11 @@ AUTO_DROPPED = (
     "bf16.enabled",
     "bfloat16.enabled",
     "fp16.enabled",
+    "data_types.grad_accum_dtype",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_param.device",
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
 )
-"""Keys whose ``"auto"`` means DeepSpeed's own default (for precision: off)."""
+"""Keys whose ``"auto"`` means DeepSpeed's own default (for precision and offloading: off)."""

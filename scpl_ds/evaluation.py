@@ -13,19 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scpl_ds.batch import Evaluated
-from scpl_ds.batch import Evaluated
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, RecipeError
+from scpl_ds.export import MODEL_FILES
 from scpl_ds.recipe import Recipe
 from scpl_ds.setup import (
     Data,
     cut_model,
     load_data,
     make_engine,
-    make_loaders,
+    make_eval_loader,
     start_world,
     together,
 )
@@ -98,7 +98,7 @@ def evaluate_run(
         ``val/accuracy``, ``val/loss``, ``samples``.
 
     Raises:
-        DataError: The recipe's data has no evaluation split.
+        DataError: The recipe's data has no evaluation split, or labels the run does not know.
         CheckpointError: The checkpoint is incomplete or of another model.
         RecipeError: There is no folder to write ``logits_file`` into.
     """
@@ -107,7 +107,7 @@ def evaluate_run(
             f"--logits {logits_file}: the folder {logits_file.absolute().parent} does not exist."
         )
     mesh, device = start_world(recipe)
-    data = load_data(recipe, mesh)
+    data = load_data(recipe, mesh, trained=folder / MODEL_FILES)
     model = together(mesh, lambda: cut_model(recipe, data.facts))
     loader = together(mesh, lambda: _loader(recipe, data, mesh))
     engine = make_engine(recipe, model, mesh, device, total_steps=1)
@@ -129,7 +129,7 @@ def _load(engine: Engine, folder: Path) -> None:
 
 
 def _loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader:
-    _, loader = make_loaders(recipe, data, mesh)
+    loader = make_eval_loader(recipe, data, mesh)
     if loader is None:
         raise DataError(
             f"data: '{recipe.data.name}' has no evaluation split to score. Give one on the command "

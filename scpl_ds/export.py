@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from scpl_ds import __version__
-from scpl_ds.checkpoint import HEAD_PREFIX, Reader, write_text
+from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, write_text
 from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.partition._hf import auto_class, model_class
-from scpl_ds.partition.loading import export_state_dict
+from scpl_ds.partition.loading import export_state_dict, tied_weights
 
 MODEL_FILES = "model"
 """Folder inside a run and inside a checkpoint: config.json and the tokenizer's files."""
@@ -31,9 +32,17 @@ def check_destination(out: Path, *, key: str) -> None:
         key: What the person set it with, for the message.
 
     Raises:
-        RecipeError: There is a file, or a folder that holds anything else.
+        RecipeError: There is a file, or a folder that holds anything else, or no folder can be
+            made.
     """
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise RecipeError(f"{key}: {out} is the folder you are in, or holds it; name a new one.")
     if not os.path.lexists(out):
+        nearest = next(p for p in out.absolute().parents if os.path.lexists(p))
+        if not nearest.is_dir():
+            raise RecipeError(f"{key}: {nearest} is a file, not a folder; name another place.")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise RecipeError(f"{key}: {nearest} is not writable; name another place.")
         return
     if not out.is_dir():
         raise RecipeError(f"{key}: {out} is a file; name a folder to write.")
@@ -72,39 +81,58 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
             f"{folder} has no {MODEL_FILES}/config.json, so it cannot be exported. Checkpoints of "
             "`scpl-ds train` have one; after engine.save_checkpoint pass model_files=."
         )
-    config = AutoConfig.from_pretrained(source)
-    names = [name for name in reader.names() if not name.startswith(HEAD_PREFIX)]
-    files = sorted({reader.manifest["tensors"][name] for name in names})
-    partial = out.with_name(f"{out.name}.partial")
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
+    try:
+        shutil.copytree(source, partial)
+        _write_model(reader, partial, task)
+        replace_folder(out, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def _write_model(reader: Reader, out: Path, task: str) -> None:
+    """Weights, index and config.json into ``out``, which holds the run's config and tokenizer."""
+    config = AutoConfig.from_pretrained(out)
+    where = reader.manifest["tensors"]
+    names = [name for name in where if not name.startswith(HEAD_PREFIX)]
+    _untie(config, task, where)
+    files = sorted({where[name] for name in names})
     weight_map: dict[str, str] = {}
     dtypes: set[str] = set()
     total = 0
     for number, file in enumerate(files, 1):
-        own = [name for name in names if reader.manifest["tensors"][name] == file]
+        own = [name for name in names if where[name] == file]
         tensors = export_state_dict(config, task, reader.tensors(own))
         shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file(tensors, partial / shard, metadata={"format": "pt"})
-        (partial / shard).chmod(0o644)
+        save_file(tensors, out / shard, metadata={"format": "pt"})
+        (out / shard).chmod(0o644)
         weight_map |= dict.fromkeys(tensors, shard)
         dtypes |= {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     metadata = {"total_size": total, "written_by": f"{_WRITER} {__version__}"}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(partial / INDEX, json.dumps(index, indent=2))
+    write_text(out / INDEX, json.dumps(index, indent=2))
     config.architectures = [model_class(config, task).__name__]
     config.dtype = dtypes.pop() if len(dtypes) == 1 else None
-    config.save_pretrained(partial)
-    if out.exists():
-        old = out.with_name(f"{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
-    return out
+    config.save_pretrained(out)
+
+
+def _untie(config: PretrainedConfig, task: str, where: Mapping[str, str]) -> None:
+    """Clear ``tie_word_embeddings`` where the two matrices were trained by different stages.
+
+    ``where``: tensor name -> the file of its stage.
+    """
+    apart = [
+        (target, source)
+        for target, source in tied_weights(config, task).items()
+        if target in where and source in where and where[target] != where[source]
+    ]
+    if apart:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
 
 
 def load_exported(folder: Path, task: str) -> Any:

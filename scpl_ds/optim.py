@@ -132,11 +132,9 @@ def lr_schedule(section: DeepSpeedSection, train: TrainSection, total_steps: int
     return lambda step: lr_factor(step, total_steps, kind=kind, warmup_steps=warmup)
 
 
-def needs_total_steps(spec: SchedulerSpec | None) -> bool:
+def needs_total_steps(spec: SchedulerSpec) -> bool:
     """Whether a schedule ends with the run, and nothing in it says when that is."""
-    if spec is None or spec.type == "WarmupLR":
-        return False
-    return spec.params.get("total_num_steps") in (None, "auto")
+    return spec.type != "WarmupLR" and spec.params.get("total_num_steps") in (None, "auto")
 
 
 def warmup_steps(train: TrainSection, total_steps: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,17 +18,18 @@ import pydantic
 import yaml
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 
-from scpl_ds.ds_checks import check_keys, check_values, unsupported
+from scpl_ds.ds_checks import check_keys, check_values
 from scpl_ds.ds_config import DeepSpeedSection, mend_numbers
 from scpl_ds.ds_keys import FILLS, TOP
+from scpl_ds.ds_limits import unsupported
 from scpl_ds.errors import RecipeError
 from scpl_ds.problems import Problem, problems_of, recipe_error, show, unknown_key
+from scpl_ds.recipe_fields import Section
 from scpl_ds.recipe_files import apply_overrides, read_mapping
 from scpl_ds.recipe_sections import (
     DataChoice,
     ModelSection,
     ScplSection,
-    Section,
     TrackerChoice,
     TrainSection,
 )
@@ -130,7 +132,8 @@ class Recipe(Section):
     trackers: tuple[TrackerChoice, ...] = Field(
         default_factory=lambda: (TrackerChoice.model_validate("console"),)
     )
-    """Where metrics go besides ``metrics.jsonl``, which is always written. Default: the console."""
+    """Where metrics go besides ``metrics.jsonl``, which is always written: a list, or one name.
+    Default: the console."""
 
     @property
     def output_dir(self) -> Path:
@@ -215,19 +218,23 @@ def recipe_from_mapping(
 
 
 def recipe_from_ds_config(
-    config: Mapping[str, Any] | str | Path,
+    config: Mapping[str, Any] | str | Path, *, stages: int | None = None
 ) -> tuple[ScplSection, DeepSpeedSection]:
     """Split a DeepSpeed config that has one extra block, ``"scpl"``.
 
     Args:
         config: The mapping, or the path of a ``ds_config.json``.
+        stages: Goes before ``scpl.stages``.
 
     Raises:
         RecipeError: Everything that is wrong, at once; also when there is no ``scpl`` block.
     """
     where = "the config" if isinstance(config, Mapping) else str(config)
     raw = dict(config) if isinstance(config, Mapping) else read_mapping(Path(config))
-    sections, problems = _sections({"scpl": raw.pop("scpl", None), "deepspeed": raw}, ("scpl",))
+    scpl = raw.pop("scpl", None)
+    if stages is not None and isinstance(scpl, Mapping):
+        scpl = {**scpl, "stages": stages}
+    sections, problems = _sections({"scpl": scpl, "deepspeed": raw}, ("scpl",))
     if problems:
         raise recipe_error(problems, where)
     return sections["scpl"], sections["deepspeed"]
@@ -298,6 +305,8 @@ def _sections(
             continue
         if name == "deepspeed":
             continue  # last: it is compared with train and scpl
+        if name == "trackers" and isinstance(value, str):
+            value = [value]
         try:
             sections[name] = _VALIDATE[name](value)
         except pydantic.ValidationError as error:
@@ -341,11 +350,17 @@ def _deepspeed(
     problems += unsupported(section, scpl.sharding if scpl else "deepspeed")
     if train and section.scheduler:
         auto = section.scheduler.params.get("warmup_num_steps") == "auto"
+        same = (section.scheduler.type, train.lr_scheduler_type) == (
+            "WarmupLR", "constant_with_warmup",
+        )  # fmt: skip
         for key in ("lr_scheduler_type", "warmup_steps", "warmup_ratio"):
-            if getattr(train, key) is not None and not (auto and key.startswith("warmup")):
+            agrees = auto if key.startswith("warmup") else same
+            if getattr(train, key) is not None and not agrees:
                 problems.append(
                     Problem(f"train.{key}", "deepspeed.scheduler is set too; keep one of the two")
                 )
+    if not problems:
+        section.warn_of_defaults()
     return section, problems
 
 
@@ -359,7 +374,7 @@ def _inline_deepspeed(raw: dict[str, Any], base: Path) -> list[Problem]:
     if not isinstance(value, str):
         return []
     try:
-        raw["deepspeed"] = read_mapping(base / value)
+        raw["deepspeed"] = read_mapping(base / os.path.expanduser(value))
     except RecipeError as error:
         raw["deepspeed"] = _Unreadable()
         return [Problem("deepspeed", str(error))]

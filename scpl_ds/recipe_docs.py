@@ -14,7 +14,8 @@ import pydantic
 from scpl_ds import ds_keys, registry
 from scpl_ds.ds_keys import Keys
 from scpl_ds.recipe import Recipe
-from scpl_ds.recipe_sections import DataChoice, Named, ObjectiveChoice, TrackerChoice
+from scpl_ds.recipe_fields import Named
+from scpl_ds.recipe_sections import DataChoice, ObjectiveChoice, TrackerChoice
 
 _CHOICES: tuple[type[Named], ...] = (ObjectiveChoice, DataChoice, TrackerChoice)
 
@@ -54,13 +55,18 @@ an error.
 """
 
 _DEEPSPEED_END = """
-`train_micro_batch_size_per_gpu` has to be written in one of the two places. `train_batch_size` may
-be written; it must be micro-batch x accumulation x data-parallel ranks of a stage.
+`train_micro_batch_size_per_gpu` has to be written in one of the two places (`"auto"` with a silent
+`train` is Hugging Face's 8, with a warning). `train_batch_size` may be written; it must be
+micro-batch x accumulation x data-parallel ranks of a stage.
 `gradient_clipping` is per stage, and on by default, as in DeepSpeed.
 
 - Optimizers: {optimizers}. `Adam` is AdamW unless `adam_w_mode: false`, as in DeepSpeed. Parameters
   with fewer than two dimensions get no weight decay.
 - Schedulers: {schedulers}.
+- A key that would do nothing here is refused: DeepSpeed's `checkpoint` section, and with
+  `scpl.sharding: none` what its engine does (`flops_profiler`, `wall_clock_breakdown`,
+  `communication_data_type`, `prescale_gradients` ...). A block that DeepSpeed has removed may stay
+  if it is switched off.
 - Not supported yet, and refused by name: ZeRO stages 2 and 3, offloading, ZeRO++, bf16, fp16,
   `torch_autocast`, `activation_checkpointing`.
 """
@@ -78,6 +84,9 @@ def build_schema() -> dict[str, Any]:
         "description": deepspeed["description"],
         "anyOf": [{"type": "string"}, table],
     }
+    trackers = schema["properties"]["trackers"]
+    trackers["anyOf"] = [{"type": "string"}, {"type": "array", "items": trackers.pop("items")}]
+    del trackers["type"]
     schema["title"] = "scpl_ds recipe"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

@@ -106,6 +106,8 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> Problem | None:
             inner = {}
         elif isinstance(inner, str) and ".".join(walked) in _NAME_ONLY:
             inner = {"name": inner}
+        elif isinstance(inner, str) and walked == ["trackers"]:
+            inner = [inner]
         elif isinstance(inner, Mapping):
             inner = dict(inner)  # a mapping of the caller's stays as it is
         elif isinstance(inner, list):

@@ -5,111 +5,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from scpl_ds import registry
-from scpl_ds.errors import RecipeError
-from scpl_ds.problems import Problem, nested, problems_of, show
-
-
-class Section(pydantic.BaseModel):
-    """Base of all sections: nothing unknown, nothing changed after loading, no NaN."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, got {value}")
-    return value
-
-
-Count = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
-Number = Annotated[float, Field(ge=0), BeforeValidator(_not_bool)]
-Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_bool)]
-
-
-class Named(pydantic.BaseModel):
-    """``{name: ..., <options>}``: a class from the registry and that class's own options.
-
-    A text alone is the name with default options. The options are checked by the class's
-    ``Options``, so whatever a new objective, data source or tracker takes is checked as strictly.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-    kind: ClassVar[str]
-    """Table of the registry."""
-
-    name: str
-    options: SerializeAsAny[pydantic.BaseModel]
-
-    def resolve(self) -> Any:
-        """The class itself."""
-        return registry.resolve(self.kind, self.name, where="name")
-
-    def create(self, **kwargs: Any) -> Any:
-        """``Class(options, **kwargs)``."""
-        return self.resolve()(self.options, **kwargs)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping):
-            raise ValueError(f"must be a name or a mapping with a name, got {show(value)}")
-        options = {str(k): v for k, v in value.items()}
-        name = options.pop("name", None)
-        if not isinstance(name, str):
-            known = ", ".join(registry.names(cls.kind))
-            message = f"is required, one of {known}" if name is None else "must be a text"
-            raise nested([Problem("name", message)])
-        if list(options) == ["options"] and isinstance(options["options"], pydantic.BaseModel):
-            return {"name": name, **options}
-        try:
-            target = registry.resolve(cls.kind, name, where="name")
-        except RecipeError as error:
-            raise nested([Problem(*str(error).split(": ", 1))]) from error
-        schema = getattr(target, "Options", None)
-        if not (isinstance(schema, type) and issubclass(schema, pydantic.BaseModel)):
-            raise nested(
-                [
-                    Problem(
-                        "name", f"'{name}' has no pydantic model `Options`, so it is no {cls.kind}"
-                    )
-                ]
-            )
-        try:
-            return {"name": name, "options": schema.model_validate(options)}
-        except pydantic.ValidationError as error:
-            raise nested(problems_of(error, schema)) from error
-
-    @model_serializer
-    def _dump(self) -> dict[str, Any]:
-        fields = type(self.options).model_fields
-        values = self.options.model_dump(mode="json")
-        # A None that is not the default says something (`eval_split: null`) and stays.
-        return {"name": self.name} | {
-            k: v for k, v in values.items() if v is not None or fields[k].default is not None
-        }
+from scpl_ds.problems import Problem, nested, show
+from scpl_ds.recipe_fields import (
+    Count,
+    Fraction,
+    HomePath,
+    Named,
+    NameOrFolder,
+    Number,
+    Section,
+    not_bool,
+)
 
 
 class ObjectiveChoice(Named):
@@ -137,7 +52,7 @@ class TrackerChoice(Named):
 class ModelSection(Section):
     """Which Hugging Face model is cut into stages."""
 
-    name_or_path: Annotated[str, Field(min_length=1)]
+    name_or_path: NameOrFolder
     """Hub name or local folder, as ``from_pretrained`` takes it; ``demo`` is the embedded model."""
     task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
     """Chooses ``AutoModelForSequenceClassification`` or ``AutoModelForCausalLM``."""
@@ -145,14 +60,24 @@ class ModelSection(Section):
     """Classes of the head; without it, as many as the data has."""
     attn_implementation: str | None = None
     """``eager``, ``sdpa`` or ``flash_attention_2``; without it, transformers chooses."""
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: NameOrFolder | None = None
     """Tokenizer, when it is not the model's own."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    trust_remote_code: bool = False
-    """Let the hub repository's own Python code run on this machine."""
+    trust_remote_code: Literal[False] = False
+    """Code from a model's repository is never run; only ``false`` is accepted."""
     lora: None = None
     """Comes with a later release; only ``null`` is accepted."""
+
+    @pydantic.field_validator("trust_remote_code", mode="before")
+    @classmethod
+    def _no_remote_code(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError(
+                "code from a model's repository is not run, and its models cannot be cut; use one "
+                "whose architecture is part of transformers, and remove the key"
+            )
+        return value
 
     @pydantic.field_validator("lora", mode="before")
     @classmethod
@@ -258,7 +183,7 @@ class ScplSection(Section):
     sharding: Annotated[str, _registered("sharding")] = "deepspeed"
     """Backend that spreads one stage over its data-parallel ranks: ``deepspeed``, ``none``, or
     ``package.module:Class``."""
-    timeout_s: Annotated[float, Field(gt=0), BeforeValidator(_not_bool)] = 600.0
+    timeout_s: Annotated[float, Field(gt=0), BeforeValidator(not_bool)] = 600.0
     """Seconds that a rank waits for its neighbour before it gives up and says for what."""
 
     @model_validator(mode="after")
@@ -287,19 +212,19 @@ class ScplSection(Section):
 def _bool_or_text(value: Any) -> Any:
     if not isinstance(value, bool | str | Path):
         raise ValueError(f"must be true, false or the folder of a checkpoint, got {show(value)}")
-    return value
+    return value if isinstance(value, bool) else os.path.expanduser(value)
 
 
 class TrainSection(Section):
     """The loop, in the names of Hugging Face's ``TrainingArguments``."""
 
-    output_dir: Path | None = None
+    output_dir: HomePath | None = None
     """Run folder; default ``runs/<name of the recipe file>``."""
     run_name: str | None = None
     """Name of the run in trackers; default the last part of ``output_dir``."""
-    num_train_epochs: Annotated[float, Field(gt=0), BeforeValidator(_not_bool)] = 3.0
+    num_train_epochs: Annotated[float, Field(gt=0), BeforeValidator(not_bool)] = 3.0
     """Passes over the training data; may be a fraction."""
-    max_steps: Annotated[int, Field(ge=-1), BeforeValidator(_not_bool)] = -1
+    max_steps: Annotated[int, Field(ge=-1), BeforeValidator(not_bool)] = -1
     """Optimizer steps; overrides ``num_train_epochs`` unless -1."""
     per_device_train_batch_size: Count | None = None
     """Same as ``deepspeed.train_micro_batch_size_per_gpu``."""
@@ -322,33 +247,33 @@ class TrainSection(Section):
     """Same as ``deepspeed.gradient_clipping``, per stage; 1.0 when neither is set, 0 is off."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] | None = None
     """LR schedule when there is no ``deepspeed.scheduler``; then ``linear`` unless set."""
-    warmup_steps: Annotated[int, Field(ge=0), BeforeValidator(_not_bool)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] | None = None
     """Optimizer steps of warm-up."""
-    warmup_ratio: Annotated[float, Field(ge=0, le=1), BeforeValidator(_not_bool)] | None = None
+    warmup_ratio: Annotated[float, Field(ge=0, le=1), BeforeValidator(not_bool)] | None = None
     """Warm-up as a fraction of all steps; set this or ``warmup_steps``."""
     logging_steps: Count = 10
     """Optimizer steps between two log lines."""
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to evaluate; ``steps`` when ``eval_steps`` is set."""
     eval_steps: Count | None = None
-    """Optimizer steps between two evaluations."""
+    """Optimizer steps between two evaluations; with ``steps`` alone, ``logging_steps``."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to write a checkpoint; ``steps`` when ``save_steps`` is set."""
     save_steps: Count | None = None
-    """Optimizer steps between two checkpoints."""
+    """Optimizer steps between two checkpoints; with ``steps`` alone, 500."""
     save_total_limit: Count | None = None
     """Checkpoints to keep, the latest; without it, all."""
     resume_from_checkpoint: Annotated[bool | Path, BeforeValidator(_bool_or_text)] = False
     """``true``: go on from the latest checkpoint in ``output_dir``; a path: from that one."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_not_bool)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(not_bool)] = 42
     """Seed of new weights, data order and dropout."""
-    dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(_not_bool)] = 0
+    dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0
     """Processes that prepare batches; 0 does it in the training process."""
     disable_tqdm: bool = False
     """No live progress display; log lines stay."""
     export: bool = True
     """Write the trained model as an ordinary Hugging Face folder at the end."""
-    export_dir: Path | None = None
+    export_dir: HomePath | None = None
     """Where to; default ``<output_dir>/export``."""
 
     @model_validator(mode="before")
@@ -366,6 +291,10 @@ class TrainSection(Section):
                 filled.pop(f"{what}_strategy", None)
                 if filled.get(f"{what}_steps") is not None:
                     filled[f"{what}_strategy"] = "steps"
+        # Hugging Face's steps where only the strategy is written.
+        for what, steps in (("eval", filled.get("logging_steps", 10)), ("save", 500)):
+            if filled.get(f"{what}_strategy") == "steps" and filled.get(f"{what}_steps") is None:
+                filled[f"{what}_steps"] = steps
         return filled
 
     @model_validator(mode="after")
@@ -373,8 +302,6 @@ class TrainSection(Section):
         problems: list[Problem] = []
         for what in ("save", "eval"):
             strategy, steps = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
-            if strategy == "steps" and steps is None:
-                problems.append(Problem(f"{what}_steps", f"is required by {what}_strategy: steps"))
             if strategy != "steps" and steps is not None:
                 problems.append(
                     Problem(

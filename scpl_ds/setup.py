@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from scpl_ds import registry
-from scpl_ds.build import build_engine
+from scpl_ds.build import build_engine, plan_stages
 from scpl_ds.data._base import DataOptions, check_labels
+from scpl_ds.data._columns import ColumnOptions
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.data.text import Collator, TokenizedDataset, load_tokenizer, tokenize
@@ -21,12 +23,12 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.engine import Engine
-from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, ScplError
+from scpl_ds.errors import CheckpointError, DataError, OtherRankFailed, RecipeError, ScplError
 from scpl_ds.optim import lr_schedule
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.loading import load_stage
-from scpl_ds.partition.plan import PartitionPlan, make_plan
+from scpl_ds.partition.plan import PartitionPlan
 from scpl_ds.recipe import Recipe, check_world
 from scpl_ds.schedules import render, simulate
 from scpl_ds.stage import as_body
@@ -80,7 +82,7 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
             "recipe yet: the local objectives need one class label per sample. Use "
             "sequence-classification."
         )
-    env = RankEnv.from_environ()
+    env = RankEnv.current()
     pipeline_ranks, dp_size = check_world(recipe, env.world_size)
     recipe.deepspeed.batch(dp_size)  # refuses batch sizes that do not fit
     set_cpu_threads(env)
@@ -110,20 +112,33 @@ def together(mesh: Mesh, work: Callable[[], T]) -> T:
     return result
 
 
-def load_data(recipe: Recipe, mesh: Mesh) -> Data:
-    """Load, check and tokenise on first-stage ranks, and tell the others what they must know."""
-    data = together(mesh, lambda: _read(recipe) if mesh.pp_rank == 0 else None)
+def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Data:
+    """Load, check and tokenise on first-stage ranks, and tell the others what they must know.
+
+    Args:
+        recipe: Names the data.
+        mesh: Says who reads.
+        trained: Given, the data are only scored: by the model whose ``config.json`` is in this
+            folder. Its classes hold, nothing is tokenised for training, and no training data are
+            needed.
+    """
+    data = together(mesh, lambda: _read(recipe, trained) if mesh.pp_rank == 0 else None)
     facts = broadcast_object(mesh, data.facts if data is not None else None)
     if data is None:
         return Data(facts, None, range(facts.num_train), range(facts.num_eval))
     return data
 
 
-def _read(recipe: Recipe) -> Data:
-    model, options = recipe.model, _options(recipe)
+def _read(recipe: Recipe, trained: Path | None) -> Data:
+    model, options, choice = recipe.model, _options(recipe), recipe.data
     path = resolve_model_path(model.name_or_path)
-    splits = recipe.data.create().load()
-    num_labels = check_labels(splits, model.num_labels)
+    classes = None if trained is None else _classes(trained)
+    if classes and isinstance(options, ColumnOptions) and options.label_names is None:
+        # Without it a file in which a class is missing would get other ids than in training.
+        options = options.model_copy(update={"label_names": classes})
+        choice = choice.model_copy(update={"options": options})
+    splits = choice.create().load()
+    num_labels = check_labels(splits, len(classes) if classes else model.num_labels)
     tokenizer = load_tokenizer(
         model.tokenizer_name_or_path or model.name_or_path,
         pad_token=options.pad_token,
@@ -145,8 +160,8 @@ def _read(recipe: Recipe) -> Data:
             input_names=input_names,
         )
 
-    train, held_out = ids(splits.train), ids(splits.eval)
-    if not isinstance(train, TokenizedDataset):
+    train, held_out = ids(None if trained else splits.train), ids(splits.eval)
+    if trained is None and not isinstance(train, TokenizedDataset):
         raise DataError(f"data: '{recipe.data.name}' has no training split.")
     majority = None
     if isinstance(held_out, TokenizedDataset):
@@ -154,10 +169,21 @@ def _read(recipe: Recipe) -> Data:
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int), "load_tokenizer returns tokenizers that can pad"
     facts = Facts(
-        num_labels, tuple(splits.label_names), pad, len(train),
+        num_labels, classes or tuple(splits.label_names), pad, len(train),
         len(held_out), majority,
     )  # fmt: skip
     return Data(facts, tokenizer, train, held_out)
+
+
+def _classes(trained: Path) -> tuple[str, ...]:
+    """Names of the classes of a trained model, by id."""
+    if not (trained / "config.json").is_file():
+        raise CheckpointError(
+            f"{trained} has no config.json, which names the classes; checkpoints of `scpl-ds "
+            "train` have one. Score another checkpoint, or train again."
+        )
+    config = load_config(str(trained))
+    return tuple(str(config.id2label[k]) for k in range(config.num_labels))
 
 
 def _options(recipe: Recipe) -> DataOptions:
@@ -186,11 +212,7 @@ def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
         pad_token_id=facts.pad_token_id if facts else None,
     )
     anatomy = anatomy_of(config, model.task, attn_implementation=model.attn_implementation)
-    head = recipe.scpl.objective.create(
-        hidden_size=anatomy.hidden_size, num_labels=config.num_labels
-    )
-    cost = head.flops(1, anatomy.sequence_length)
-    plan = make_plan(anatomy, recipe.scpl.stages, recipe.scpl.partition, head_flops=cost)
+    plan = plan_stages(anatomy, recipe.scpl, num_labels=config.num_labels)
     return Model(path, config, anatomy, plan)
 
 
@@ -241,32 +263,44 @@ def make_engine(
 
 def make_loaders(recipe: Recipe, data: Data, mesh: Mesh) -> tuple[BatchLoader, BatchLoader | None]:
     """Training and evaluation loaders. On ranks that read no data they only count."""
-    collate: Any = _no_batch
-    if data.tokenizer is not None:
-        multiple = _options(recipe).pad_to_multiple_of
-        collate = Collator(data.tokenizer, pad_to_multiple_of=multiple)
     sizes = recipe.deepspeed.batch(mesh.dp_size)
-    common: dict[str, Any] = {
-        "dp_rank": mesh.dp_rank,
-        "dp_size": mesh.dp_size,
-        "seed": recipe.train.seed,
-        "collate": collate,
-        "num_workers": recipe.train.dataloader_num_workers,
-    }
     train = BatchLoader(
         data.train,
         micro_batch_size=sizes.micro_batch,
         shuffle=True,
         drop_last=True,
         global_batch_size=sizes.global_batch,
-        **common,
+        **_loading(recipe, data, mesh),
     )
+    return train, make_eval_loader(recipe, data, mesh)
+
+
+def make_eval_loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader | None:
+    """Loader of the evaluation data, None where there are none."""
     if data.facts.num_eval == 0:
-        return train, None
-    held_out = BatchLoader(
-        data.eval, micro_batch_size=recipe.eval_batch_size, shuffle=False, drop_last=False, **common
+        return None
+    return BatchLoader(
+        data.eval,
+        micro_batch_size=recipe.eval_batch_size,
+        shuffle=False,
+        drop_last=False,
+        **_loading(recipe, data, mesh),
     )
-    return train, held_out
+
+
+def _loading(recipe: Recipe, data: Data, mesh: Mesh) -> dict[str, Any]:
+    """What the two loaders have in common."""
+    collate: Any = _no_batch
+    if data.tokenizer is not None:
+        multiple = _options(recipe).pad_to_multiple_of
+        collate = Collator(data.tokenizer, pad_to_multiple_of=multiple)
+    return {
+        "dp_rank": mesh.dp_rank,
+        "dp_size": mesh.dp_size,
+        "seed": recipe.train.seed,
+        "collate": collate,
+        "num_workers": recipe.train.dataloader_num_workers,
+    }
 
 
 def _no_batch(samples: list[Any]) -> Any:

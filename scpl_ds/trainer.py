@@ -184,9 +184,7 @@ class Run:
         shown = min(sizes.accumulation, 4)
         drawing = draw_schedule(self.recipe, self.engine.num_stages, max(2, shown))
         log.info("%s\n", self._plan_text())
-        log.info(
-            "schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, drawing
-        )
+        log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, drawing)
         log.info(
             "global batch %d = micro-batch %d x %d micro-batches x %d dp; %d training and %d "
             "evaluation samples; %d steps (%.2f epochs); clip %g per stage; run folder %s",
@@ -204,7 +202,9 @@ class Run:
             for section in sections:
                 if section["name"] == "console":
                     section["progress"] = False
-        trackers = TrackerSet.build(sections, run_dir=self.folder.path, resume=resuming)
+        trackers = TrackerSet.build(
+            sections, run_dir=self.folder.path, resume=resuming, run_name=self.recipe.name
+        )
         config = {
             "recipe": self.recipe.to_mapping(),
             "partition": self.model.plan.rows(
@@ -321,7 +321,7 @@ class Run:
     # -- after the last step ---------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
-        totals, facts = self.meter.total(), self.data.facts
+        totals, seconds = self.meter.total(), self.meter.seconds
         stages, steps = self.engine.num_stages, self.engine.global_steps
         self._free_engine()
         exported = together(self.mesh, self._export)
@@ -330,14 +330,14 @@ class Run:
         if self.is_main:
             result = {
                 "eval_accuracy": accuracy,
-                "majority_accuracy": facts.majority_accuracy,
+                "majority_accuracy": self.data.facts.majority_accuracy,
                 "stage_eval_accuracy": self.last_eval.get("val/accuracy"),
                 "stages": stages,
                 "ranks": self.mesh.world_size,
                 "steps": steps,
                 "samples_per_s": totals["perf/samples_per_s"],
                 "tokens_per_s": totals["perf/tokens_per_s"],
-                "train_seconds": self.meter.seconds,
+                "train_seconds": seconds,
                 "export_dir": None if exported is None else str(exported),
                 "run_dir": str(self.folder.path),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -347,9 +347,9 @@ class Run:
 
     def _free_engine(self) -> None:
         """Make room for the whole model, which may need what all ranks of this device held."""
-        for stage in self.engine.stages:
-            stage.backend.close()
-        del stage, self.engine
+        while self.engine.stages:
+            self.engine.stages.pop().backend.close()
+        del self.engine
         gc.collect()  # stages and handlers refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -221,7 +221,8 @@ def _class_ids(raw: RawSplit, options: ColumnOptions) -> dict[Any, int]:
 def _ids_of_class_label(
     raw: RawSplit, values: dict[Any, int], own: tuple[str, ...], given: tuple[str, ...] | None
 ) -> dict[Any, int]:
-    """A ``ClassLabel`` stores ids: a number is never looked up among its names, even among '1', '2'.
+    """A ``ClassLabel`` stores ids; they are never looked up among its names, even if these are
+    numbers.
 
     ``data.label_names`` puts its classes in another order, or renames them.
     """

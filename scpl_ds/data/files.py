@@ -23,15 +23,16 @@ from scpl_ds.data._columns import (
     typed_labels,
 )
 from scpl_ds.errors import DataError
+from scpl_ds.recipe_fields import AbsolutePath
 from scpl_ds.registry import did_you_mean
 
 
 class FileOptions(ColumnOptions):
     """Options of ``csv``, ``tsv``, ``jsonl`` and ``parquet``."""
 
-    train_file: Path | None = None
+    train_file: AbsolutePath | None = None
     """File to train on. Only a run that evaluates alone may leave it out."""
-    eval_file: Path | None = None
+    eval_file: AbsolutePath | None = None
     """File to evaluate on."""
     eval_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Without ``eval_file``: share of ``train_file`` held out, by a hash of the text, so that
@@ -71,13 +72,12 @@ class FileSource(DataSource):
         return self.limit(build_splits(train, held_out, options))
 
     def _read(self, path: Path) -> RawSplit:
-        path = path.expanduser()
         if not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "does not exist"
             near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] or [""])
             raise DataError(
-                f"{path} {what}{near} (data.train_file and data.eval_file are read from "
-                f"{Path.cwd()}.)"
+                f"{path} {what}{near or '.'} Correct data.train_file or data.eval_file; a relative "
+                "path starts from the folder the command is called in."
             )
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty (0 bytes).")

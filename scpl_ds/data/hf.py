@@ -9,6 +9,7 @@ from scpl_ds.data._base import DataOptions, DataSource, Splits
 from scpl_ds.data._columns import ColumnOptions, RawSplit, build_splits, require_columns
 from scpl_ds.data.files import raw_of_dataset
 from scpl_ds.errors import DataError
+from scpl_ds.recipe_fields import AbsolutePath, NameOrFolder
 from scpl_ds.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class HubOptions(ColumnOptions):
     """Options of ``hf``."""
 
-    dataset: str
+    dataset: NameOrFolder
     """Name on the hub (``stanfordnlp/sst2``) or a folder: data files, or ``save_to_disk``."""
     config: str | None = None
     """Configuration (subset) of the data set, such as ``mrpc`` of ``nyu-mll/glue``."""
@@ -28,7 +29,7 @@ class HubOptions(ColumnOptions):
     """Split to train on; null to evaluate only."""
     eval_split: str | None = "validation"
     """Split to evaluate on; null for none."""
-    cache_dir: Path | None = None
+    cache_dir: AbsolutePath | None = None
     """Where ``datasets`` keeps what it downloads; None: its own default (``HF_HOME``)."""
 
 
@@ -70,7 +71,7 @@ class HubSource(DataSource):
 def _fetch(options: HubOptions) -> DatasetDict:
     import datasets
 
-    folder = Path(options.dataset).expanduser()
+    folder = Path(options.dataset)
     try:
         if (folder / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(folder))

@@ -31,7 +31,7 @@ def load_config(
         revision: Branch, tag or commit on the hub.
         num_labels: Classes of the head, and cross-entropy over them whatever loss the checkpoint
             was trained with; None leaves both as the config has them.
-        label_names: Class id -> name; used when there are exactly ``num_labels``.
+        label_names: Class id -> name; ids beyond them are called ``LABEL_<id>``.
         pad_token_id: The tokenizer's; None leaves the config's. Classifiers that look for the last
             token need it.
 
@@ -54,9 +54,11 @@ def load_config(
         _train_on_classes(config, name_or_path)
     if num_labels is not None and num_labels != config.num_labels:
         config.num_labels = num_labels
-    if num_labels is not None and len(label_names) == num_labels:
-        config.id2label = dict(enumerate(label_names))
-        config.label2id = {name: k for k, name in enumerate(label_names)}
+    if num_labels is not None and label_names:
+        unused = (f"LABEL_{k}" for k in range(len(label_names), num_labels))
+        names = [*label_names, *unused][:num_labels]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: k for k, name in enumerate(names)}
     if pad_token_id is not None:
         config.get_text_config().pad_token_id = pad_token_id
     return config

@@ -105,11 +105,10 @@ class LayerListStage(nn.Module):
             # built.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed((seed * 1_000_003 + index) % 2**63)
-                seen = set(tied)
                 built, call = _build(layers[index], tied)
             self._calls.append(call)
-            again = isinstance(layer := layers[index], TiesLayer) and layer.key in seen
-            if isinstance(built, nn.Module) and not again:
+            # A tied module is named after the first of its layers.
+            if isinstance(built, nn.Module) and built not in self.layers.values():
                 self.layers[str(index)] = built
 
     def forward(

@@ -31,7 +31,7 @@ from scpl_ds.partition.stage_module import (
     warn_untied,
 )
 
-__all__ = ["export_state_dict", "load_stage", "stage_from_model"]
+__all__ = ["export_state_dict", "load_stage", "stage_from_model", "tied_weights"]
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +129,7 @@ def export_state_dict(
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    cls = model_class(config, task)
-    with torch.device("meta"), no_init_weights():
-        skeleton = cls(copy.deepcopy(config))
+    skeleton = _skeleton(config, task)
     renamed = revert_weight_conversion(skeleton, {k: t.detach() for k, t in tensors.items()})
     seen: set[int] = set()
     exported: dict[str, Tensor] = {}
@@ -141,6 +139,17 @@ def export_state_dict(
         seen.add(storage.data_ptr())
         exported[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
     return exported
+
+
+def tied_weights(config: PretrainedConfig, task: str) -> dict[str, str]:
+    """Tied parameter -> the one it is tied to, in the whole model that ``config`` describes."""
+    return dict(getattr(_skeleton(config, task), "all_tied_weights_keys", None) or {})
+
+
+def _skeleton(config: PretrainedConfig, task: str) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"), no_init_weights():
+        return model_class(config, task)(copy.deepcopy(config))
 
 
 def _refuse_missing(

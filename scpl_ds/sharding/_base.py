@@ -71,7 +71,7 @@ class StageBackend(abc.ABC):
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Put back what ``optimizer_state`` gave; parameters without an entry start from zero."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing else that holds on to it
         """Let go of the module and its memory; nothing is asked of this backend afterwards."""
 
     def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
@@ -128,8 +128,10 @@ def load_plain_optimizer_state(
     check_moments(optimizer, state)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in module.named_parameters():
-        if id(parameter) not in trained or not state.moments:
+        if id(parameter) not in trained:
             continue
+        if not any(name in by_name for by_name in state.moments.values()):
+            continue  # a head that starts afresh: with an old step count it would leap
         entry: dict[str, Any] = {"step": torch.tensor(float(state.step))}
         for key, by_name in state.moments.items():
             whole = by_name.get(name)

@@ -26,6 +26,7 @@ from scpl_ds.errors import ScplError
 from scpl_ds.optim import OptimizerState
 from scpl_ds.sharding._base import (
     StageBackend,
+    check_moments,
     load_plain_optimizer_state,
     plain_optimizer_state,
     set_lr,
@@ -266,6 +267,7 @@ class DeepSpeedBackend(StageBackend):
         if not self._sharded:
             load_plain_optimizer_state(self.module, self.engine.optimizer, state)
             return
+        check_moments(self.optimizer, state)
         if not state.moments:
             return
         from deepspeed.utils import safe_set_full_optimizer_state

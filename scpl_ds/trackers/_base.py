@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from scpl_ds import registry
+from scpl_ds.errors import RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class Tracker(abc.ABC):
     """
 
     Options: ClassVar[type[BaseModel]] = TrackerOptions
+
+    run_name: str | None = None
+    """What the recipe calls the run; set before ``start``."""
 
     def __init__(self, options: BaseModel, *, run_dir: Path, resume: bool) -> None:
         self.run_dir = Path(run_dir)
@@ -87,12 +91,17 @@ class TrackerSet:
 
     @classmethod
     def build(
-        cls, sections: Sequence[Mapping[str, Any]], *, run_dir: Path, resume: bool
+        cls,
+        sections: Sequence[Mapping[str, Any]],
+        *,
+        run_dir: Path,
+        resume: bool,
+        run_name: str | None = None,
     ) -> TrackerSet:
         """The trackers of a recipe, ``[{name: ..., options...}]``; ``jsonl`` is always among them.
 
         Raises:
-            RecipeError: A name is unknown.
+            RecipeError: A name is unknown, or a tracker refuses its options with this error.
             pydantic.ValidationError: An option is unknown or has a value it cannot have.
         """
         names = [section["name"] for section in sections]
@@ -102,9 +111,16 @@ class TrackerSet:
         for index, section in enumerate(sections):
             tracker = registry.resolve("tracker", section["name"], where=f"trackers[{index}].name")
             options = {key: value for key, value in section.items() if key != "name"}
-            trackers.append(
-                tracker(tracker.Options.model_validate(options), run_dir=run_dir, resume=resume)
-            )
+            checked = tracker.Options.model_validate(options)
+            try:
+                made = tracker(checked, run_dir=run_dir, resume=resume)
+            except RecipeError:
+                raise
+            except Exception as error:
+                _report(tracker.__name__, "its constructor", error)
+                continue
+            made.run_name = run_name
+            trackers.append(made)
         return cls(trackers)
 
     def start(
@@ -138,14 +154,16 @@ class TrackerSet:
                 call(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
-                log.warning(
-                    "tracker %s failed in %s and is left out; the training goes on. %s: %s",
-                    type(tracker).__name__,
-                    what,
-                    type(error).__name__,
-                    error,
-                )
-                log.debug("traceback of the tracker", exc_info=True)
+                _report(type(tracker).__name__, what, error)
+
+
+def _report(tracker: str, what: str, error: Exception) -> None:
+    """Said while the error is being handled, for the traceback in the log file."""
+    log.warning(
+        "tracker %s failed in %s and is left out; the training goes on. %s: %s",
+        tracker, what, type(error).__name__, error,
+    )  # fmt: skip
+    log.debug("traceback of the tracker", exc_info=True)
 
 
 def redact(value: Any, key: str = "") -> Any:

@@ -35,7 +35,7 @@ class WandbOptions(TrackerOptions):
     entity: str | None = None
     """User or team; unset: ``WANDB_ENTITY``, else the account's default."""
     run_name: str | None = None
-    """Display name; unset: ``WANDB_NAME``, else the name of the run folder."""
+    """Display name; unset: ``WANDB_NAME``, else ``train.run_name``, else the run folder's name."""
     run_id: str | None = None
     """Id of the run; unset: ``WANDB_RUN_ID``, else a new one, or on resume the one before."""
     group: str | None = None
@@ -169,7 +169,10 @@ class WandbTracker(Tracker):
             dir=str(folder),
             project=o.project or environment.get("WANDB_PROJECT") or DEFAULT_PROJECT,
             entity=o.entity,
-            name=o.run_name or environment.get("WANDB_NAME") or self.run_dir.resolve().name,
+            name=o.run_name
+            or environment.get("WANDB_NAME")
+            or self.run_name
+            or self.run_dir.resolve().name,
             group=o.group,
             tags=o.tags,
             notes=o.notes,

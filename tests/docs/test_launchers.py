@@ -3,6 +3,7 @@ do to it, and what they say. The clones have a space in their path."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -133,3 +134,16 @@ def test_a_clone_with_a_space_in_its_path_or_that_was_moved_runs(
     assert "scpl-ds: RecipeError: " in finished.stdout, finished.stdout
     assert "no such.yaml does not exist" in finished.stdout
     assert finished.returncode == code
+
+
+@pytest.mark.parametrize(("reader", "way"), [(".", ""), ("..", "cd '{}' && ")])
+def test_what_quickstart_prints_can_be_pasted_where_it_was_started(
+    reader: str, way: str, clone: Path
+):
+    """The commands are relative to the repository, which need not be the reader's folder."""
+    result = {"eval_accuracy": 0.8, "majority_accuracy": 0.5, "export_dir": "runs/mine/export"}
+    (clone / "runs" / "mine").mkdir(parents=True)
+    (clone / "runs" / "mine" / "result.json").write_text(json.dumps(result))
+    command = f"'{sys.executable}' launch/summary.py runs/mine {reader}"
+    finished = bash(command, clone)
+    assert f"Try next, after `{way.format(clone)}source " in finished.stdout, finished.stdout

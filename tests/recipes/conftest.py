@@ -45,7 +45,8 @@ def deepspeed_run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     """A finished run under DeepSpeed ZeRO-1, tracked by Weights & Biases, offline."""
     folder = tmp_path_factory.mktemp("whole") / "deepspeed"
     trackers = [{"name": "wandb", "mode": "offline"}]
-    assert train(recipe_for(base, "deepspeed", folder, trackers=trackers)) == 0
+    named = {"trackers": trackers, "train.run_name": "my run"}
+    assert train(recipe_for(base, "deepspeed", folder, **named)) == 0
     return folder
 
 

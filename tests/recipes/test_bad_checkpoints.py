@@ -127,10 +127,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(
     if damage is not other_format:
         assert f"Resume with train.resume_from_checkpoint={copy / 'checkpoint-6'}" in said
     assert not (tmp_path / "run").exists()
-    for argv in (["eval", str(copy / "checkpoint-8")], ["export", str(copy / "checkpoint-8"), "x"]):
+    bad = str(copy / "checkpoint-8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for argv in (["eval", bad], ["export", bad, str(tmp_path / "x")]):
         if damage is not a_file_less or argv[0] == "eval":
             assert main(argv) == 2
             assert word in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before, "x or half of it"
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused_by_its_name(

@@ -89,7 +89,7 @@ def test_weights_and_biases_gets_one_offline_run_with_every_stage(deepspeed_run:
         tracked.summary["eval_accuracy"]
         == json.loads((deepspeed_run / "result.json").read_text())["eval_accuracy"]
     )
-    assert tracked.exit_code == 0
+    assert (tracked.exit_code, tracked.name) == (0, "my run")
 
 
 # -- the export ----------------------------------------------------------------------------

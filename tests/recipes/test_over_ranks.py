@@ -67,9 +67,7 @@ def test_every_rank_gets_the_result_that_is_written(run: Path):
     assert (written["stages"], written["ranks"], written["steps"]) == (STAGES, RANKS, STEPS)
 
 
-def test_the_accuracy_is_that_of_the_export_in_one_process(
-    run: Path, exported: dict[str, Tensor]
-):
+def test_the_accuracy_is_that_of_the_export_in_one_process(run: Path, exported: dict[str, Tensor]):
     right = int((exported["logits"].argmax(-1) == exported["labels"]).sum())
     result = json.loads((run / "result.json").read_text())
     assert result["eval_accuracy"] == right / ROWS

@@ -108,6 +108,74 @@ def test_saving_over_a_checkpoint_replaces_it(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "latest"]
 
 
+def killed_while_replacing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save over ``folder``, with a kill after the one there was moved and before the new one is."""
+    rename = Path.rename
+
+    def until_the_second(path: Path, target: Path) -> Path:
+        if target == folder:
+            raise SystemExit
+        return rename(path, target)
+
+    writer = Writer(folder, is_coordinator=True)
+    writer.__enter__()  # and never left
+    for index, part in enumerate(PARTS):
+        writer.write_stage(index, part, OptimizerState(9, moments(part)))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "rename", until_the_second)
+        writer.finish(step=9, bounds=(0, 2, 4), client_state={}, save_latest=True)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("tag", ["checkpoint-3", "best"])
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_one_before_to_be_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tag: str
+):
+    """It lay under a name that nothing looked for: `resume` said that there was no checkpoint."""
+    monkeypatch.setattr(logging.getLogger("scpl_ds"), "propagate", True)
+    save(tmp_path / tag)
+    killed_while_replacing(tmp_path / tag, monkeypatch)
+    for found in (
+        checkpoint.resolve(tmp_path),
+        checkpoint.resolve(tmp_path / tag),
+        checkpoint.resolve(tmp_path, tag),
+    ):
+        assert Reader(found).manifest["step"] == 3
+    assert f"{tag} was being replaced" in caplog.text
+
+
+def test_the_last_complete_checkpoint_may_be_one_that_was_being_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for step in (2, 3):
+        save(tmp_path / f"checkpoint-{step}", step=step)
+    killed_while_replacing(tmp_path / "checkpoint-3", monkeypatch)
+    steps = [Reader(path).manifest["step"] for path in checkpoint.completed(tmp_path)]
+    assert steps == [2, 3]
+    (tmp_path / "latest").unlink()
+    assert Reader(checkpoint.resolve(tmp_path)).manifest["step"] == 3
+
+
+def test_the_next_save_after_a_kill_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path / "checkpoint-3")
+    killed_while_replacing(tmp_path / "checkpoint-3", monkeypatch)
+    save(tmp_path / "checkpoint-3", step=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "latest"]
+    assert Reader(tmp_path / "checkpoint-3").manifest["step"] == 4
+
+
+def test_prune_removes_one_that_was_being_replaced_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save(tmp_path / "checkpoint-3")
+    killed_while_replacing(tmp_path / "checkpoint-3", monkeypatch)
+    for step in (4, 5):
+        save(tmp_path / f"checkpoint-{step}", step=step)
+    checkpoint.prune(tmp_path, 2)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-3.partial", "checkpoint-4", "checkpoint-5", "latest"}
+
+
 def test_everybody_may_read_a_checkpoint(tmp_path: Path):
     folder = save(tmp_path / "checkpoint-3")
     assert {oct(path.stat().st_mode & 0o777) for path in folder.glob("*.safetensors")} == {"0o644"}
@@ -167,6 +235,25 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str, word: 
     folder = save(tmp_path / "checkpoint-3")
     (folder / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=word):
+        Reader(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bytes", None), ("bounds", None), ("bounds", []), ("tensors", None), ("moments", 3),
+        ("step", "3"), ("client_state", None),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_lacks_something_is_refused(tmp_path: Path, key: str, value: Any):
+    """It ended in a KeyError."""
+    folder = save(tmp_path / "checkpoint-3")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest[key] = value
+    if value is None:
+        del manifest[key]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"manifest.json is damaged: '{key}' is missing or"):
         Reader(folder)
 
 

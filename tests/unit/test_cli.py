@@ -12,6 +12,7 @@ import pytest
 
 import scpl_ds
 from scpl_ds.cli import main
+from scpl_ds.schedules import Backward, Forward
 from tests.support import tiny
 from tests.support.tiny import put, write_recipe
 
@@ -119,6 +120,33 @@ def test_plan_prints_the_table_and_the_schedule_and_makes_nothing(
     assert [line.split()[-1] for line in table[2:6]] == ["0", "0", "1", "1"]
     assert "stage 3 |         F0 B0 == F1" in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_takes_as_many_ranks_as_the_recipe_asks_for(
+    recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It made up one rank a stage: "need 2 ranks, but WORLD_SIZE is 3"."""
+    path = write_recipe(tmp_path / "mine.yaml", recipe)
+    assert main(["plan", str(path), "scpl.stages=3", "scpl.pipeline_ranks=2"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in table[2:5]] == ["0", "0", "1"]
+
+
+def last_first(local_stages: list[int], num_stages: int, num_micro_batches: int):
+    """All forwards before all backwards."""
+    for action in (Forward, Backward):
+        for n in range(num_micro_batches):
+            yield from (action(k, n) for k in local_stages)
+
+
+def test_plan_draws_the_schedule_that_is_named(
+    recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write_recipe(tmp_path / "mine.yaml", recipe)
+    assert main(["plan", str(path), f"scpl.schedule={__name__}:last_first"]) == 0
+    said = capsys.readouterr().out
+    assert f"schedule '{__name__}:last_first'" in said
+    assert "stage 0 |F0 F1 F2 F3 B0 == B1" in said
 
 
 def test_plan_reads_no_weights(recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

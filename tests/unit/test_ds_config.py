@@ -69,6 +69,24 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"optimizer": ADAMW | {"params": {"max_grad_norm": 1}}},
         "max_grad_norm: unknown key; set deepspeed.gradient_clipping",
     ),
+    (
+        {"optimizer": ADAMW | {"params": {"max_grad_norm": 1}}, "gradient_clipping": 2},
+        "max_grad_norm: unknown key; set deepspeed.gradient_clipping",
+    ),
+    ({"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam', an optimizer of older DeepSpeed releas"),
+    ({"optimizer": {"type": "zerooneadam"}}, "of older DeepSpeed releases, is not supported; use"),
+    ({"elasticity": {"enabled": True}}, "deepspeed.elasticity: was removed from DeepSpeed; delete"),
+    ({"elasticity": {"max_train_batch_size": 9}}, "elasticity: was removed from DeepSpeed; delete"),
+    ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention: was removed from DeepSpeed"),
+    ({"checkpoint": {"tag_validation": "Fail"}}, "checkpoint.tag_validation: 'Fail' has no effect"),
+    ({"checkpoint": {"use_node_local_storage": True}}, "use_node_local_storage: True has no effec"),
+    (
+        {"checkpoint": {"parallel_write": {"pipeline_stage": True}}},
+        "pipeline_stage: True has no ef",
+    ),
+    ({"checkpoint": {"checkpoint_serialization": False}}, "checkpoint_serialization: False has no"),
+    ({"checkpoint": {"writer": {"type": "fast"}}}, "deepspeed.checkpoint.writer: "),
+    ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer: True has no effect"),
     ({"optimizer": {"type": "AdmW"}}, "unknown optimizer 'AdmW'; did you mean 'AdamW'?"),
     ({"optimizer": {"type": "Lion"}}, "'Lion' is not supported; use one of AdamW, Adam, SGD, Adag"),
     ({"optimizer": ADAMW | {"params": {"betas": [0.9]}}}, "betas: must be two numbers in [0, 1)"),
@@ -154,7 +172,19 @@ def test_a_bad_section_is_refused_with_its_path(config: dict[str, Any], text: st
         {"zero_optimization": None, "scheduler": None, "zero_allow_untested_optimizer": True},
         {"activation_checkpointing": {"partition_activations": False}},
         {"optimizer": {"type": "adamw", "params": {"torch_adam": True, "lr": "2e-5"}}},
-        {"checkpoint": {"tag_validation": "Warn", "writer": {"type": "python"}}},
+        {"checkpoint": {"tag_validation": "Warn", "writer": None, "parallel_write": {}}},
+        {"zero_force_ds_cpu_optimizer": False, "prescale_gradients": True, "dump_state": False},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
+        {"elasticity": {"enabled": False, "max_train_batch_size": 9}, "amp": {}},
+        {"sparse_attention": {}, "sparse_gradients": False, "nebula": None},
+        {"zero_optimization": {"mics_shard_size": -1, "mics_hierarchical_params_gather": False}},
+        {
+            "gradient_clipping": 2.0,
+            "optimizer": {"type": "AdamW", "params": {"max_grad_norm": 2}},
+        },
+        {"data_types": {"grad_accum_dtype": "auto"}},
+        {"zero_optimization": {"offload_optimizer": {"device": "auto", "pin_memory": True}}},
+        {"zero_optimization": {"offload_param": {"device": "auto"}}},
         {
             "flops_profiler": {"enabled": False, "profile_step": 1},
             "comms_logger": {"verbose": True},
@@ -166,6 +196,9 @@ def test_an_ordinary_config_file_is_taken_as_it_is(config: dict[str, Any]):
     resolved = section(**config).resolve(2)
     assert resolved["train_batch_size"] == 8
     assert "'auto'" not in str(resolved)
+    theirs = importlib.import_module("deepspeed.runtime.config").DeepSpeedConfig
+    assert theirs(section(**config).engine_config(1)).train_batch_size == 4
+    assert "max_grad_norm" not in resolved["optimizer"]["params"]
 
 
 def test_zero_needs_a_backend_that_shards():
@@ -174,6 +207,28 @@ def test_zero_needs_a_backend_that_shards():
     (problem,) = unsupported(config, "none")
     assert problem.path == "deepspeed.zero_optimization.stage"
     assert "use stage 0, or scpl.sharding: deepspeed" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler"),
+        ({"comms_logger": {"enabled": True}}, "comms_logger"),
+        ({"communication_data_type": "bf16"}, "communication_data_type"),
+        ({"prescale_gradients": True}, "prescale_gradients"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown"),
+        ({"memory_breakdown": True}, "memory_breakdown"),
+        ({"dump_state": True}, "dump_state"),
+    ],
+)
+def test_what_only_deepspeeds_engine_does_needs_deepspeed(config: dict[str, Any], path: str):
+    """Under ``sharding: none`` these did nothing, in silence."""
+    asked = DeepSpeedSection(MICRO | config)
+    assert unsupported(asked, "deepspeed") == []
+    (problem,) = unsupported(asked, "none")
+    assert problem.path == f"deepspeed.{path}"
+    assert "has no effect with scpl.sharding: none" in problem.message
 
 
 # --- filling in and arithmetic --------------------------------------------------------------------

@@ -75,6 +75,52 @@ def test_an_override_of_save_steps_changes_the_strategy_of_the_file(tmp_path: Pa
         load_recipe(path, ["train.save_steps=5", "train.save_strategy=epoch"])
 
 
+def test_a_strategy_of_steps_alone_has_hugging_faces_steps():
+    """They were required here, although the Trainer has defaults for them."""
+    steps = {"eval_strategy": "steps", "save_strategy": "steps"}
+    train = recipe_from_mapping(GOOD | {"train": steps | {"logging_steps": 7}}).train
+    assert (train.eval_steps, train.save_steps) == (7, 500)
+    assert recipe_from_mapping(GOOD | {"train": steps}).train.eval_steps == 10
+
+
+def test_one_tracker_may_be_written_as_its_name(tmp_path: Path):
+    path = write(tmp_path, json.dumps(GOOD | {"trackers": "wandb"}))
+    assert [t.name for t in load_recipe(path).trackers] == ["wandb"]
+    (tracker,) = load_recipe(path, ["trackers.wandb.mode=offline"]).trackers
+    assert tracker.options.model_dump()["mode"] == "offline"
+    assert [t.name for t in load_recipe(path, ["trackers=jsonl"]).trackers] == ["jsonl"]
+
+
+def with_scheduler(kind: str, **train: object) -> Recipe:
+    mapping = changed("deepspeed.scheduler", {"type": kind, "params": {"warmup_max_lr": 1e-4}})
+    mapping["train"] |= train
+    return recipe_from_mapping(mapping)
+
+
+def test_a_constant_rate_with_warmup_is_what_warmup_lr_is():
+    recipe = with_scheduler("WarmupLR", lr_scheduler_type="constant_with_warmup")
+    assert recipe.deepspeed.scheduler is not None
+    with pytest.raises(RecipeError, match=r"train\.lr_scheduler_type: deepspeed\.scheduler is set"):
+        with_scheduler("WarmupLR", lr_scheduler_type="cosine")
+    with pytest.raises(RecipeError, match=r"train\.lr_scheduler_type: deepspeed\.scheduler is set"):
+        with_scheduler("WarmupDecayLR", lr_scheduler_type="constant_with_warmup")
+
+
+def test_a_micro_batch_nobody_wrote_down_is_said_aloud(caplog: pytest.LogCaptureFixture):
+    """``auto`` with a silent ``train`` was 8 in silence, and it changes what is trained."""
+    key = "train_micro_batch_size_per_gpu"
+    with caplog.at_level("WARNING"):
+        assert recipe_from_mapping(changed(f"deepspeed.{key}", "auto")).deepspeed.batch(1)[0] == 8
+    (record,) = caplog.records
+    assert f"deepspeed.{key} is 'auto'" in record.getMessage()
+    assert "Hugging Face's 8" in record.getMessage()
+    caplog.clear()
+    mapping = changed(f"deepspeed.{key}", "auto")
+    mapping["train"]["per_device_train_batch_size"] = 8
+    recipe_from_mapping(mapping)
+    assert not caplog.records
+
+
 def test_yaml_reading_1e_minus_4_as_text_and_no_as_false_is_mended(tmp_path: Path):
     text = (
         "model: {name_or_path: demo}\n"

@@ -123,6 +123,34 @@ def test_an_unknown_tracker_names_the_nearest_one(tmp_path):
         TrackerSet.build([{"name": "wandbb"}], run_dir=tmp_path, resume=False)
 
 
+class FailsToBeMade(Recorder):
+    """Raises in its constructor."""
+
+    def __init__(self, options, *, run_dir, resume):
+        raise self.error
+
+    error: Exception = ConnectionError("the server is gone")
+
+
+def test_a_tracker_that_cannot_be_made_is_reported_and_the_run_goes_on(tmp_path, caplog):
+    """It ended the run."""
+    section = {"name": f"{__name__}:FailsToBeMade"}
+    with caplog.at_level(logging.WARNING):
+        trackers = TrackerSet.build([section], run_dir=tmp_path, resume=False)
+        run_through(trackers)
+    assert len(rows(tmp_path)) == 3
+    (record,) = caplog.records
+    assert "tracker FailsToBeMade failed in its constructor" in record.getMessage()
+    assert "ConnectionError: the server is gone" in record.getMessage()
+
+
+def test_a_tracker_may_refuse_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(FailsToBeMade, "error", RecipeError("trackers.x: is not possible here"))
+    section = {"name": f"{__name__}:FailsToBeMade"}
+    with pytest.raises(RecipeError, match="not possible here"):
+        TrackerSet.build([section], run_dir=tmp_path, resume=False)
+
+
 def test_an_unknown_option_is_refused(tmp_path):
     section = {"name": "wandb", "projct": "x"}
     with pytest.raises(pydantic.ValidationError, match="projct"):
@@ -255,6 +283,7 @@ def test_a_console_line_shows_what_was_measured_in_a_fixed_order():
         ),
         ({"stage0/loss": NAN}, 12345, 100000, "step  12345/100000  loss s0 nan"),
         ({"perf/samples_per_s": 33.33}, 5, 10, "step    5/10  33.3 samples/s"),
+        ({"perf/bubble_fraction": 0.1}, 5, 10, "step    5/10"),  # nobody measures it
         (
             {"perf/samples_per_s": 5.0, "perf/tokens_per_s": 2.5e6},
             5,
@@ -492,6 +521,28 @@ def test_wandbs_own_variables_are_honoured_where_the_recipe_is_silent(run_dir, t
     (path,) = offline_runs(tmp_path)
     run = read_wandb_file(path)
     assert (run.project, run.run_id, run.name) == ("their-project", "their-id", "from recipe")
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "name"),
+    [
+        ({}, {}, "mine"),
+        ({}, {"WANDB_NAME": "from the shell"}, "from the shell"),
+        ({"run_name": "of the tracker"}, {"WANDB_NAME": "from the shell"}, "of the tracker"),
+    ],
+)
+def test_the_name_of_the_run_is_wandbs_display_name(run_dir, options, environment, name):
+    """``train.run_name`` was read by nothing."""
+    body = f"""
+        from scpl_ds.trackers._base import TrackerSet
+        section = {{"name": "wandb", "mode": "offline", **{options!r}}}
+        t = TrackerSet.build([section], run_dir=Path(sys.argv[1]), resume=False, run_name="mine")
+        t.start({{}}); t.finish({{}})
+    """
+    done = wandb_process(run_dir, body, **environment)
+    assert done.returncode == 0, done.stderr
+    (path,) = offline_runs(run_dir)
+    assert read_wandb_file(path).name == name
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])
