@@ -182,7 +182,7 @@ def _classes(trained: Path) -> tuple[str, ...]:
             f"{trained} has no config.json, which names the classes; checkpoints of `scpl-ds "
             "train` have one. Score another checkpoint, or train again."
         )
-    config = load_config(str(trained))
+    config: Any = load_config(str(trained))
     return tuple(str(config.id2label[k]) for k in range(config.num_labels))
 
 

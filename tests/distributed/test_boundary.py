@@ -18,6 +18,8 @@ from scpl_ds.errors import BoundaryError, RecipeError
 from tests.support import runs
 from tests.support.distributed import distributed, fork_rank, wait_for
 
+pytestmark = pytest.mark.forks
+
 
 def channel(max_in_flight: int = 2, timeout_s: float = 20) -> BoundaryChannel:
     mesh = Mesh(dist.get_world_size(), 1, "cpu", timeout_s=timeout_s)

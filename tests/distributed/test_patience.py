@@ -16,6 +16,8 @@ from scpl_ds.errors import DataError, OtherRankFailed
 from scpl_ds.setup import together
 from tests.support.distributed import distributed, fork_rank, wait_for
 
+pytestmark = pytest.mark.forks
+
 TIMEOUT_S = 1.5
 LONG_S = 2 * TIMEOUT_S  # has to pass for real: what is tested is that nobody minds
 

@@ -9,6 +9,8 @@ from tests.support import runs
 from tests.support.distributed import distributed
 from tests.support.reference import average_gradients
 
+pytestmark = pytest.mark.forks
+
 STEPS = 20
 
 

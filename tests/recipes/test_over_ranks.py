@@ -22,6 +22,8 @@ from scpl_ds.trainer import fit
 from tests.support.distributed import run_ranks
 from tests.support.tiny import recipe_for
 
+pytestmark = pytest.mark.forks
+
 STAGES, DATA_PARALLEL, ROWS = 2, 2, 21
 RANKS = STAGES * DATA_PARALLEL
 STEPS = 4  # 64 rows in global batches of 8 x 2

@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -44,13 +45,19 @@ def distributed(ranks: int | Callable[..., int], *, limit_s: float = LIMIT_S) ->
             run_ranks(world, functools.partial(body, *args, **kwargs), limit_s=limit_s)
 
         test.__signature__ = signature  # type: ignore[attr-defined]
-        return test
+        return pytest.mark.forks(test)
 
     return decorate
 
 
 def run_ranks(world: int, body: Callable[[], None], *, limit_s: float = LIMIT_S) -> None:
-    """Fork ``world`` ranks, run ``body`` on each, and fail with the *first* traceback of any."""
+    """Fork ``world`` ranks, run ``body`` on each, and fail with the *first* traceback of any.
+
+    Tests that call this are marked ``forks``, so that they run first: a fork of a process in which
+    DeepSpeed has run inherits the locks of threads that it does not inherit, and hangs.
+    """
+    ds_comm = sys.modules.get("deepspeed.comm.comm")
+    assert getattr(ds_comm, "cdb", None) is None, "mark the test `forks`: it must come first"
     with tempfile.TemporaryDirectory() as folder:
         pids = {fork_rank(rank, world, Path(folder), body): rank for rank in range(world)}
         failed = wait_for(pids, limit_s=limit_s)

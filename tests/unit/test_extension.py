@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import pytest
 import torch
 from pydantic import BaseModel
 from torch import Tensor
@@ -24,6 +25,8 @@ from scpl_ds.trackers._base import Tracker
 from scpl_ds.trainer import fit
 from tests.support import tiny
 from tests.support.distributed import run_ranks
+
+pytestmark = pytest.mark.forks
 
 HERE = "tests.unit.test_extension"
 
