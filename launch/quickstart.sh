@@ -6,7 +6,7 @@
 #   bash launch/quickstart.sh train.max_steps=20 train.output_dir=runs/short
 #
 # Needs Python >= 3.11; a GPU is used when there is one. The first run installs into .venv beside
-# the repository, later ones start at once. Overrides are those of `scpl-ds train`; relative paths
+# the repository, later ones skip that. Overrides are those of `scpl-ds train`; relative paths
 # are relative to the repository. Exit code: the run's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Write a run's latest checkpoint as a Hugging Face folder.")
     export.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    export.add_argument(
+        "--task",
+        choices=("sequence-classification", "causal-lm"),
+        help="for a checkpoint of engine.save_checkpoint, which has no recipe beside it",
+    )
     schema = add("schema", _schema, "Print the JSON schema of recipes, for editors.")
     schema.add_argument("--out", type=Path, default=None, help="write it to a file")
     return parser
@@ -156,11 +161,17 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    recipe, folder = _open(args.run_dir, [])
+    if args.task is None:
+        recipe, folder = _open(args.run_dir, [])
+        task = recipe.model.task
+    else:  # a checkpoint of engine.save_checkpoint: no recipe beside it
+        from scpl_ds import checkpoint
+
+        folder, task = checkpoint.resolve(Path(args.run_dir).expanduser()), args.task
     _choose_accelerator()
     from scpl_ds.export import export_checkpoint
 
-    out = export_checkpoint(folder, args.out.expanduser(), task=recipe.model.task)
+    out = export_checkpoint(folder, args.out.expanduser(), task=task)
     sys.stdout.write(f"{out}\n")
     return 0
 

@@ -104,7 +104,8 @@ def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunF
     if not run.recipe.is_file():
         raise RecipeError(
             f"{path} is not a run folder (it has no recipe.yaml). `scpl-ds train RECIPE` makes "
-            "one; name it as train.output_dir says, runs/<recipe> by default."
+            "one; name it as train.output_dir says, runs/<recipe> by default. A checkpoint of "
+            "engine.save_checkpoint is exported with `scpl-ds export CHECKPOINT OUT --task ...`."
         )
     # Quoted: the value is YAML, and a path may hold anything.
     where = f"train.output_dir={json.dumps(str(run.path))}"

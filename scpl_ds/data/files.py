@@ -47,7 +47,9 @@ class FileOptions(ColumnOptions):
         if self.train_file is None and self.eval_file is None:
             raise ValueError("needs train_file (or eval_file, to evaluate only)")
         if self.eval_fraction is not None and (self.eval_file or not self.train_file):
-            raise ValueError("eval_fraction holds out a part of train_file; drop it or eval_file")
+            raise ValueError(
+                "eval_fraction holds out a part of train_file; set one of it and eval_file to null"
+            )
         return self
 
 

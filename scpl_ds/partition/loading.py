@@ -171,7 +171,11 @@ def _refuse_missing(
             "Set model.name_or_path to a checkpoint of this architecture."
         )
     if heads:
-        log.info("'%s' has no %s: newly drawn, to be trained.", path, ", ".join(heads))
+        log.info(
+            "'%s' has no %s: drawn from the seed (unless a checkpoint of a run replaces it).",
+            path,
+            ", ".join(heads),
+        )
 
 
 def _refuse_mismatched(path: str | Path, anatomy: Anatomy, keys: Iterable[Sequence[Any]]) -> None:

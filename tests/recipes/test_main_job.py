@@ -144,6 +144,19 @@ def test_export_of_a_run_equals_the_runs_own_export(run: Path, tmp_path: Path):
     assert main(["export", str(run), str(tmp_path / "out")]) == 0, "an earlier export is replaced"
 
 
+def test_a_checkpoint_without_a_recipe_beside_it_is_exported_when_the_task_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """What engine.save_checkpoint(model_files=) leaves; without --task the message names it."""
+    alone = shutil.copytree(run / f"checkpoint-{STEPS}", tmp_path / "api" / f"checkpoint-{STEPS}")
+    out = tmp_path / "out"
+    assert main(["export", str(alone), str(out)]) == 2
+    assert "--task" in capsys.readouterr().err
+    assert main(["export", str(alone), str(out), "--task", "sequence-classification"]) == 0
+    own = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == own
+
+
 def test_the_name_of_a_run_folder_may_hold_anything(
     plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -263,7 +263,7 @@ def test_classes_that_never_occur_are_warned_of(tmp_path: Path, caplog: pytest.L
 def test_options_that_contradict_each_other_are_refused():
     with pytest.raises(ValidationError, match="needs train_file"):
         FileSource.Options()
-    with pytest.raises(ValidationError, match="drop it or eval_file"):
+    with pytest.raises(ValidationError, match="set one of it and eval_file to null"):
         FileSource.Options(train_file="a", eval_file="b", eval_fraction=0.1)  # pyright: ignore
     with pytest.raises(ValidationError, match="Extra inputs"):
         FileSource.Options(train_file="a", test_file="b")  # pyright: ignore
