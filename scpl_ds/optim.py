@@ -39,7 +39,6 @@ HF_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     section: DeepSpeedSection,
-    lr: float | None = None,
 ) -> torch.optim.Optimizer:
     """Torch's optimizer for the ``deepspeed.optimizer`` section.
 
@@ -51,15 +50,12 @@ def build_optimizer(
     Args:
         named_parameters: Of one stage, its objective's head included.
         section: Says type and parameters.
-        lr: Replaces the section's learning rate.
 
     Raises:
         ValueError: Nothing is trainable.
     """
     kind, params = section.optimizer
     options = _torch_options(kind, params)
-    if lr is not None:
-        options["lr"] = lr
     decay = float(options.pop("weight_decay", 0.0))
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     if not trainable:

@@ -81,7 +81,7 @@ def test_weight_decay_is_off_unless_written_unlike_torchs_adamw():
 
 
 def test_a_learning_rate_can_be_given_instead():
-    assert build_optimizer(model().named_parameters(), section(lr=LR), lr=1.0).defaults["lr"] == 1.0
+    assert build_optimizer(model().named_parameters(), section(lr=LR)).defaults["lr"] == LR
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
