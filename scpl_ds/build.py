@@ -30,9 +30,10 @@ from scpl_ds.partition.layer_list import (
     plan_layers,
 )
 from scpl_ds.partition.plan import PartitionPlan, make_plan, stages_of_rank
+from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
 from scpl_ds.recipe import ScplSection, TrainSection, check_world, recipe_from_ds_config
-from scpl_ds.stage import StageBody, as_body, build_stage
+from scpl_ds.stage import Stage, StageBody, as_body, build_stage
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ class PipelineModule:
         input_example: With a list of layers: one batch of inputs, so that the width of each
             boundary is known and a local head with weights can be built (``projection: linear`` or
             ``mlp``). Only its shape is used.
-        activation_checkpoint_interval: DeepSpeed's; only 0 for now.
+        activation_checkpoint_interval: With a list of layers DeepSpeed's: keep only what enters
+            every n-th layer of a stage and run those layers again in backward; 0 keeps everything.
+            With a Hugging Face model any n > 0 switches on its gradient checkpointing, layer by
+            layer; 0 leaves the model as it was given. The numbers stay the same to the bit.
 
     Nothing is built, and no process group is needed, before ``scpl_ds.initialize``.
     """
@@ -66,10 +70,10 @@ class PipelineModule:
         *,
         activation_checkpoint_interval: int = 0,
     ) -> None:
-        if activation_checkpoint_interval != 0:
+        if activation_checkpoint_interval < 0:
             raise RecipeError(
                 f"PipelineModule: activation_checkpoint_interval: {activation_checkpoint_interval} "
-                "is planned; use 0. A stage holds the activations of one micro-batch at a time."
+                "must be 0 (keep all activations) or a number of layers."
             )
         if not isinstance(layers, PreTrainedModel):
             if isinstance(layers, str) or not isinstance(layers, Iterable):
@@ -86,6 +90,7 @@ class PipelineModule:
         self.layers = layers
         self.num_stages, self.loss_fn = num_stages, loss_fn
         self.partition_method, self.input_example = partition_method, input_example
+        self.activation_checkpoint_interval = activation_checkpoint_interval
 
     def cut(
         self, scpl: ScplSection, seed: int
@@ -97,11 +102,13 @@ class PipelineModule:
             anatomy = analyze(model)
             num_labels = getattr(model.config, "num_labels", None)
             plan = plan_stages(anatomy, scpl, num_labels=num_labels, method=method)
-            return (
-                plan,
-                lambda k: as_body(stage_from_model(model, anatomy, *plan.span(k))),
-                num_labels,
-            )
+
+            def stage(k: int) -> StageBody:
+                made = stage_from_model(model, anatomy, *plan.span(k))
+                recompute = self.activation_checkpoint_interval > 0
+                return as_body(recompute_activations(made) if recompute else made)
+
+            return plan, stage, num_labels
         layers = self.layers
         plan = plan_layers(layers, stages, method)
         check_layers(layers, plan.bounds)
@@ -112,7 +119,13 @@ class PipelineModule:
             width = boundary_width(layers, features, self.input_example)
             return as_body(
                 LayerListStage(
-                    layers, start, end, loss_fn=self.loss_fn, hidden_size=width, seed=seed
+                    layers,
+                    start,
+                    end,
+                    loss_fn=self.loss_fn,
+                    hidden_size=width,
+                    seed=seed,
+                    checkpoint_interval=self.activation_checkpoint_interval,
                 )
             )
 
@@ -202,7 +215,8 @@ def initialize(
     scpl, section = recipe_from_ds_config(config, stages=pipeline.num_stages)
     lr_at = lr_scheduler or _constant_or_scheduled(section)
     if isinstance(pipeline.layers, PreTrainedModel):
-        _refuse_half(pipeline.layers)
+        backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
+        _refuse_half(pipeline.layers, backend.weights_dtype(section))
     env = RankEnv.current()
     set_cpu_threads(env)
     device = pick_device(env)
@@ -250,6 +264,7 @@ def build_engine(
     section = section.at(mesh.dp_size)
     backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
     objective = registry.resolve("objective", scpl.objective.name, where="scpl.objective.name")
+    schedule = registry.resolve("schedule", scpl.schedule, where="scpl.schedule")
 
     def optimizer(k: int, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         if not (trainable := list(named)):
@@ -258,38 +273,36 @@ def build_engine(
             return make_optimizer([parameter for _, parameter in trainable])
         return build_optimizer(trainable, section)
 
-    def body(k: int) -> StageBody:
-        made = make_body(k)
-        _refuse_half(made)
-        return made
-
-    stages = [
-        build_stage(
+    def stage(k: int) -> Stage:
+        own = section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])
+        body = make_body(k)
+        _refuse_half(body, backend.weights_dtype(own))
+        return build_stage(
             k,
-            body(k),
+            body,
             make_objective=functools.partial(
                 _make_objective, objective, scpl.objective.options, num_labels
             ),
             detach_features=scpl.head.detach_features,
             make_optimizer=functools.partial(optimizer, k),
             backend=backend,
-            section=section,
+            section=own,
             mesh=mesh,
             device=device,
             seed=seed,
         )
-        for k in stages_of_rank(plan.num_stages, mesh.pp_size)[mesh.pp_rank]
-    ]
-    channel = BoundaryChannel(mesh, device, max_in_flight=scpl.max_in_flight)
+
     return Engine(
-        stages,
+        [stage(k) for k in stages_of_rank(plan.num_stages, mesh.pp_size)[mesh.pp_rank]],
         plan,
         mesh,
-        channel,
+        BoundaryChannel(mesh, device, max_in_flight=scpl.max_in_flight),
         section,
-        schedule=registry.resolve("schedule", scpl.schedule, where="scpl.schedule"),
+        schedule=functools.partial(schedule, step_in_backward=scpl.step_in_backward),
         lr_at=lr_at,
         device=device,
+        sync=scpl.sync,
+        clip_scope=scpl.clip_scope,
     )
 
 
@@ -323,13 +336,14 @@ def _constant_or_scheduled(section: DeepSpeedSection) -> Callable[[int], float]:
     return lambda step: section.lr * factor(step)
 
 
-def _refuse_half(module: Any) -> None:
+def _refuse_half(module: Any, weights: torch.dtype) -> None:
+    """Refuse weights in half precision where the run keeps them in fp32."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.element_size() < 4:
+        if parameter.is_floating_point() and parameter.element_size() < weights.itemsize:
             raise RecipeError(
-                f"the model is in {parameter.dtype} ('{name}'): with an fp32 config it would train "
-                "in pure half precision. Load it with from_pretrained(..., dtype=torch.float32), "
-                "or call model.float(); mixed precision is planned."
+                f"the model is in {parameter.dtype} ('{name}'), but this run keeps its weights in "
+                f"{weights}: training would lose what it no longer has room for. Load it with "
+                f"from_pretrained(..., dtype={weights}), or call model.float()."
             )
 
 

@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("recipe", help="YAML or JSON file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     plan.add_argument("--ranks", type=_ranks, default=None, help=_RANKS)
+    plan.add_argument(
+        "--memory", default=None, metavar="SIZE",
+        help="memory of one device, for example 80GiB: says which backends and ZeRO stages fit",
+    )  # fmt: skip
+    plan.add_argument(
+        "--device", choices=("cpu", "cuda"), help="predict memory for it; default: what is here"
+    )
     score = add("eval", _eval, "Score a run's latest checkpoint over its stages.")
     score.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     score.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
@@ -100,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=("sequence-classification", "causal-lm"),
         help="for a checkpoint of engine.save_checkpoint, which has no recipe beside it",
     )
+    bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
+    bench.add_argument("what", choices=("memory",))
+    bench.add_argument("--suite", choices=("standard", "large", "gpu"), default="standard")
+    bench.add_argument("--json", type=Path, default=None, help="write the rows to a file")
     schema = add("schema", _schema, "Print the JSON schema of recipes, for editors.")
     schema.add_argument("--out", type=Path, default=None, help="write it to a file")
     return parser
@@ -134,8 +145,15 @@ def _plan(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     _choose_accelerator()
+    from scpl_ds.distributed.world import RankEnv, pick_device
+    from scpl_ds.memory import Workload
+    from scpl_ds.memory_report import describe, parse_size
     from scpl_ds.setup import cut_model, draw_schedule
 
+    try:
+        memory = None if args.memory is None else parse_size(args.memory)
+    except ValueError as error:
+        raise RecipeError(f"--memory {error}.") from error
     model = cut_model(recipe)
     asked = recipe.scpl.pipeline_ranks
     ranks = args.ranks or (recipe.scpl.stages if asked == "auto" else asked)
@@ -144,7 +162,10 @@ def _plan(args: argparse.Namespace) -> int:
         model.plan, model.anatomy, pipeline_ranks=pipeline_ranks, data_parallel=dp_size
     )
     drawing = draw_schedule(recipe, model.plan.num_stages, 4)
-    sys.stdout.write(f"{table}\n\nschedule '{recipe.scpl.schedule}'\n{drawing}\n")
+    device = args.device or pick_device(RankEnv.current()).type
+    workload = Workload.of(recipe, model, device)
+    memory = describe(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size, memory=memory)
+    sys.stdout.write(f"{table}\n\n{memory}\n\nschedule '{recipe.scpl.schedule}'\n{drawing}\n")
     return 0
 
 
@@ -176,6 +197,17 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    _choose_accelerator()
+    from scpl_ds.bench import memory
+
+    rows = memory.run(args.suite)
+    sys.stdout.write(memory.render(rows) + "\n")
+    if args.json is not None:
+        _write(args.json, json.dumps(rows, indent=1) + "\n", key="--json")
+    return 0
+
+
 def _schema(args: argparse.Namespace) -> int:
     from scpl_ds.recipe import recipe_schema
 
@@ -183,14 +215,18 @@ def _schema(args: argparse.Namespace) -> int:
     if args.out is None:
         sys.stdout.write(text)
     else:
-        try:
-            args.out.expanduser().write_text(text)
-        except OSError as error:
-            raise RecipeError(
-                f"--out {args.out}: cannot be written ({error.strerror}); name a file in a folder "
-                "that exists."
-            ) from error
+        _write(args.out, text, key="--out")
     return 0
+
+
+def _write(path: Path, text: str, *, key: str) -> None:
+    try:
+        path.expanduser().write_text(text)
+    except OSError as error:
+        raise RecipeError(
+            f"{key} {path}: cannot be written ({error.strerror}); name a file in a folder that "
+            "exists."
+        ) from error
 
 
 def _open(path: str, overrides: list[str]):

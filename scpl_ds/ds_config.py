@@ -45,6 +45,12 @@ class OptimizerSpec(NamedTuple):
     """Concrete values under DeepSpeed's names; ``lr`` is always there."""
 
 
+class LossScaling(NamedTuple):
+    initial_scale: float
+    window: int
+    """Steps without an overflow after which the scale is doubled."""
+
+
 class SchedulerSpec(NamedTuple):
     type: str
     """``WarmupLR WarmupDecayLR WarmupCosineLR``."""
@@ -218,6 +224,34 @@ class DeepSpeedSection:
         bf16 = lookup(self.filled, "bf16.enabled") or lookup(self.filled, "bfloat16.enabled")
         return "bf16" if bf16 else "fp32"
 
+    @property
+    def autocast(self) -> Literal["bf16", "fp16"] | None:
+        """What ``torch_autocast`` computes products in; None where it is off."""
+        block = self.filled.get("torch_autocast") or {}
+        if not block.get("enabled"):
+            return None
+        return "fp16" if str(block.get("dtype")) in ("fp16", "float16", "half") else "bf16"
+
+    @property
+    def loss_scaling(self) -> LossScaling:
+        """``fp16``'s dynamic loss scale, with DeepSpeed's defaults."""
+        block = self.filled.get("fp16") or {}
+        power = block.get("initial_scale_power")
+        return LossScaling(
+            2.0 ** int(16 if power is None else power), int(block.get("loss_scale_window") or 1000)
+        )
+
+    def offload(self, what: Literal["optimizer", "param"]) -> str | None:
+        """``cpu`` or ``nvme`` if ``zero_optimization.offload_<what>`` asks for it."""
+        device = lookup(self.filled, f"zero_optimization.offload_{what}.device")
+        return None if device in (None, "none") else str(device)
+
+    def with_zero_stage(self, stage: int) -> DeepSpeedSection:
+        """The same section with another ZeRO stage."""
+        raw = copy.deepcopy(self.raw)
+        put(raw, "zero_optimization.stage", stage)
+        return DeepSpeedSection(raw, self.train)
+
     def at(self, dp_size: int) -> DeepSpeedSection:
         """The same section with nothing left to fill in or derive, for ``dp_size`` dp ranks.
 
@@ -239,11 +273,18 @@ class DeepSpeedSection:
         config["train_batch_size"] = sizes.global_batch
         return config
 
-    def engine_config(self, dp_size: int) -> dict[str, Any]:
+    def engine_config(self, dp_size: int, *, parameters: int) -> dict[str, Any]:
         """:meth:`resolve` for ``deepspeed.initialize(optimizer=...)`` with an optimizer of ours.
 
         Without ``optimizer`` and ``scheduler``: a scheduler inside DeepSpeed would skip a step
-        whenever its engine skips one, and the stages' learning rates would drift apart.
+        whenever its engine skips one, and the stages' learning rates would drift apart. What is
+        not written gets a value that suits a stage: gradients accumulate in fp32, buckets are no
+        larger than the stage (DeepSpeed allocates 5e8 elements), and ``F.linear`` is left alone in
+        the whole process.
+
+        Args:
+            dp_size: Data-parallel ranks.
+            parameters: How many numbers the stage's parameters hold.
         """
         config = self.resolve(dp_size)
         config.pop("optimizer", None)
@@ -251,6 +292,16 @@ class DeepSpeedSection:
         # Torch's SGD and Adagrad shard like AdamW does; DeepSpeed only asks to be told.
         config["zero_allow_untested_optimizer"] = True
         config["zero_force_ds_cpu_optimizer"] = False
+        if self.zero_stage == 0:
+            config["gradient_clipping"] = 0.0  # clipped by the backend, which needs the norm
+            return config
+        zero = config["zero_optimization"]
+        zero.setdefault("reduce_bucket_size", min(500_000_000, parameters))
+        if self.zero_stage == 3:
+            zero.setdefault("memory_efficient_linear", False)
+            zero.setdefault("stage3_prefetch_bucket_size", min(50_000_000, parameters))
+        if self.precision != "fp32" and lookup(config, "data_types.grad_accum_dtype") is None:
+            put(config, "data_types.grad_accum_dtype", "fp32")
         return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from scpl_ds.ds_checks import lookup
@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = (
     ("checkpoint.checkpoint_serialization", (True,), "checkpoints are not DeepSpeed's"),
     ("checkpoint.parallel_write.pipeline_stage", (False,), "checkpoints are not DeepSpeed's"),
     ("checkpoint.writer", ({},), "checkpoints are not DeepSpeed's"),
-    ("zero_force_ds_cpu_optimizer", (False,), "it is for offloading, which is planned"),
+    ("zero_force_ds_cpu_optimizer", (False,), "the optimizer is always torch's"),
 )
 """Path, the values that ask for nothing, why the others would do nothing."""
 
@@ -52,6 +52,20 @@ _ENGINE_ONLY = (
 """What DeepSpeed's own engine does: path, the key below it that switches it on, its default."""
 
 
+TORCH_BACKENDS = ("none", "ddp", "fsdp")
+_DEEPSPEED_SCALER = {
+    "loss_scale": 0,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+    "auto_cast": False,
+    "fp16_master_weights_and_grads": False,
+}
+"""What torch's gradient scaler cannot be told, and DeepSpeed's defaults."""
+
+Refuse = Callable[[str, str], None]
+
+
 def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
     """Everything in a section that is not possible here, or would do nothing.
 
@@ -64,36 +78,17 @@ def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
     def refuse(path: str, reason: str) -> None:
         problems.append(Problem(dotted("deepspeed", path), reason))
 
+    _sharding_limits(section, sharding, refuse)
     zero = config.get("zero_optimization") or {}
-    stage = section.zero_stage
-    if stage in (2, 3):
-        refuse("zero_optimization.stage", f"ZeRO stage {stage} is planned; use stage 0 or 1")
-    if stage == 1 and sharding == "none":
-        refuse(
-            "zero_optimization.stage",
-            "scpl.sharding 'none' keeps the whole optimizer state on every rank; use stage 0, or "
-            "scpl.sharding: deepspeed",
-        )
-    if stage and section.optimizer.type == "adagrad":
-        refuse(
-            "optimizer.type",
-            "Adagrad does not work with ZeRO: DeepSpeed rebuilds it with one parameter group, "
-            "which loses the weight decay of each. Use zero_optimization.stage: 0, or another "
-            "optimizer",
-        )
     for key, value in zero.items():
-        offload = isinstance(value, Mapping) and key.startswith("offload_")
-        if (offload and value.get("device") not in (None, "none")) or (
-            key in ("cpu_offload", "cpu_offload_param", "zenflow") and value
-        ):
-            refuse(f"zero_optimization.{key}", "offloading is planned; remove this key")
+        if key in ("cpu_offload", "cpu_offload_param", "zenflow") and value:
+            way = "use offload_optimizer and offload_param" if key != "zenflow" else "remove it"
+            refuse(f"zero_optimization.{key}", f"is not supported; {way}")
         elif (key == "zero_hpz_partition_size" and value not in (None, 1)) or (
             key.startswith("zero_quantized_") and value
         ):
             refuse(f"zero_optimization.{key}", "ZeRO++ is planned; remove this key")
-    for key in ("bf16", "bfloat16", "fp16", "torch_autocast"):
-        if lookup(config, f"{key}.enabled"):
-            refuse(key, "mixed precision is planned; train in fp32 (enabled: false)")
+    _precision_limits(section, sharding, refuse)
     if "pipeline" in config:
         refuse(
             "pipeline",
@@ -111,7 +106,6 @@ def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
         ("sequence_parallel_size", (None, 1)),
         ("managed_gradient_accumulation", (None, True)),
         ("gradient_allreduce_op", (None, "mean")),
-        ("data_types.grad_accum_dtype", (None, "fp32")),
         ("checkpoint.load_universal", (None, False)),
         ("dataloader_drop_last", (None, True)),
         ("optimizer.legacy_fusion", (None, False)),
@@ -128,13 +122,112 @@ def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
             refuse(path, f"{show(value)} has no effect: {why}; remove the key")
     for path, switch, idle in _ENGINE_ONLY:
         value = lookup(config, dotted(path, switch))
-        if sharding == "none" and value is not None and value != idle:
+        if sharding in TORCH_BACKENDS and value is not None and value != idle:
             refuse(
                 path,
-                f"{show(value)} has no effect with scpl.sharding: none, which runs no DeepSpeed "
-                "engine; remove the key, or use scpl.sharding: deepspeed",
+                f"{show(value)} has no effect with scpl.sharding: {sharding}, which runs no "
+                "DeepSpeed engine; remove the key, or use scpl.sharding: deepspeed",
             )
     activation = config.get("activation_checkpointing") or {}
     if any(activation.values()):
-        refuse("activation_checkpointing", "is planned; remove this section")
+        refuse(
+            "activation_checkpointing",
+            "is for models that call DeepSpeed's own checkpoint function; set "
+            "train.gradient_checkpointing: true, or PipelineModule's "
+            "activation_checkpoint_interval, and remove this section",
+        )
     return problems
+
+
+def _sharding_limits(section: DeepSpeedSection, sharding: str, refuse: Refuse) -> None:
+    """ZeRO stages and offloading that a backend cannot do."""
+    zero, stage = section.filled.get("zero_optimization") or {}, section.zero_stage
+    offloads = {what: section.offload(what) for what in ("optimizer", "param")}
+    if sharding in ("none", "ddp"):
+        if stage:
+            refuse(
+                "zero_optimization.stage",
+                f"scpl.sharding '{sharding}' keeps everything on every rank; use stage 0, or "
+                f"scpl.sharding: deepspeed{' or fsdp' if stage > 1 else ''}",
+            )
+    elif sharding == "fsdp":
+        if stage < 2:
+            refuse(
+                "zero_optimization.stage",
+                f"is {stage}, but scpl.sharding 'fsdp' shards parameters, gradients and optimizer "
+                "state; use 2 (whole parameters stay between forward and backward, "
+                "reshard_after_forward false), 3 (they do not), or scpl.sharding: ddp",
+            )
+        for key, value in zero.items():
+            if key != "stage" and not key.startswith("offload_") and value is not None:
+                refuse(f"zero_optimization.{key}", "has no effect with scpl.sharding: fsdp")
+        if set(offloads.values()) not in ({None}, {"cpu"}):
+            refuse(
+                "zero_optimization",
+                "FSDP2 offloads parameters, gradients and optimizer state together, to the CPU: "
+                "write offload_optimizer and offload_param with device: cpu, or neither",
+            )
+    elif sharding == "deepspeed" and stage and section.optimizer.type == "adagrad":
+        refuse(
+            "optimizer.type",
+            "Adagrad does not work with ZeRO: DeepSpeed rebuilds it with one parameter group, "
+            "which loses the weight decay of each. Use zero_optimization.stage: 0, or another "
+            "optimizer",
+        )
+    if sharding != "fsdp":
+        for what, least in (("optimizer", 1), ("param", 3)):
+            if offloads[what] and stage < least:
+                refuse(
+                    f"zero_optimization.offload_{what}",
+                    f"needs zero_optimization.stage: {least}{' or more' if least < 3 else ''} and "
+                    f"scpl.sharding: deepspeed (or fsdp), but stage is {stage}",
+                )
+
+
+def _precision_limits(section: DeepSpeedSection, sharding: str, refuse: Refuse) -> None:
+    """Precisions that a backend cannot do, or that DeepSpeed 0.19.8 does wrong."""
+    config, precision = section.filled, section.precision
+    accumulate = lookup(config, "data_types.grad_accum_dtype")
+    if precision != "fp32" and section.autocast:
+        refuse("torch_autocast", f"and {precision} are two kinds of mixed precision; keep one")
+    if lookup(config, "fp16.enabled") and (
+        lookup(config, "bf16.enabled") or lookup(config, "bfloat16.enabled")
+    ):
+        refuse("fp16", "and bf16 are both enabled; keep one")
+    if precision == "fp32" and accumulate not in (None, "fp32"):
+        refuse("data_types.grad_accum_dtype", f"{accumulate} needs bf16 or fp16")
+    if sharding == "deepspeed":
+        if precision != "fp32" and section.zero_stage == 0:
+            why = (
+                "never scales the loss (but divides the gradients)"
+                if precision == "fp16"
+                else "accumulates gradients in bf16"
+            )
+            refuse(
+                precision,
+                f"DeepSpeed 0.19.8 without ZeRO {why}; use zero_optimization.stage: 1, which "
+                "costs no more, or scpl.sharding: ddp",
+            )
+        return
+    if sharding not in TORCH_BACKENDS:
+        return
+    if accumulate not in (None, "fp32"):
+        refuse(
+            "data_types.grad_accum_dtype",
+            f"{accumulate}: scpl.sharding '{sharding}' accumulates in fp32; remove the key",
+        )
+    modules = lookup(config, "torch_autocast.lower_precision_safe_modules")
+    if section.autocast and modules is not None:
+        refuse(
+            "torch_autocast.lower_precision_safe_modules",
+            f"has no effect with scpl.sharding: {sharding}; remove it",
+        )
+    if precision == "fp16":
+        for key, idle in _DEEPSPEED_SCALER.items():
+            value = lookup(config, f"fp16.{key}")
+            if value is not None and value != idle:
+                refuse(
+                    f"fp16.{key}",
+                    f"{show(value)}: scpl.sharding '{sharding}' scales with torch's GradScaler, "
+                    "which has no such setting; remove the key, or use scpl.sharding: deepspeed",
+                )

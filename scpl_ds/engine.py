@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from scpl_ds.distributed.collectives import barrier, gather_objects
 from scpl_ds.distributed.mesh import Grid, Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
 from scpl_ds.ds_config import DeepSpeedSection
+from scpl_ds.engine_step import StepWalk
 from scpl_ds.errors import DataError
 from scpl_ds.partition.plan import PartitionPlan
-from scpl_ds.schedules import Backward, Forward, Load, Receive, Schedule, Send
+from scpl_ds.schedules import Schedule
 from scpl_ds.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Engine:
         schedule: Schedule,
         lr_at: Callable[[int], float],
         device: torch.device,
+        sync: Literal["none", "step"] = "none",
+        clip_scope: Literal["stage", "global"] = "stage",
     ) -> None:
         self.stages, self.plan, self.mesh = list(stages), plan, mesh
         self.section, self.device = section, device
@@ -55,20 +58,16 @@ class Engine:
         """Samples that this first-stage rank has trained on; 0 on other ranks."""
         self.tokens_seen = 0
         """Real tokens (padding not counted) that this first-stage rank has trained on."""
-        self._channel, self._schedule, self.lr_at = channel, schedule, lr_at
+        self._channel, self.lr_at = channel, lr_at
+        self._walk = StepWalk(
+            self.stages, plan.num_stages, mesh, channel, section,
+            schedule=schedule, sync=sync, clip_scope=clip_scope,
+        )  # fmt: skip
         self._batch_id = 0
         self._eval_calls = 0
         self._data_iterator: Iterator[Batch] | None = None
         self._collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
-        self._current: MicroBatch | None = None
         self._last_loss: Tensor | None = None
-        self._handlers: dict[type, Callable[[Any], None]] = {
-            Load: self._load,
-            Receive: self._receive,
-            Forward: self._forward,
-            Send: self._send,
-            Backward: self._backward,
-        }
 
     # -- what DeepSpeed users ask an engine ------------------------------------------------
 
@@ -151,17 +150,15 @@ class Engine:
         """
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        local = [stage.index for stage in self.stages]
         try:
-            for action in self._schedule(local, self.num_stages, self.micro_batches):
-                self._handlers[type(action)](action)
+            self._walk.run(self.global_steps, self.lr_at(self.global_steps), self._load)
         except EndOfData:
-            self._discard_step()
+            self._walk.discard()
             self._channel.send_end()
             self._channel.drain()
             raise StopIteration(f"the data ended in step {self.global_steps}") from None
         except Exception as error:
-            self._discard_step()
+            self._walk.discard()
             self._channel.send_error(f"{type(error).__name__}: {error}")
             raise
         self.global_steps += 1
@@ -169,48 +166,24 @@ class Engine:
         self._last_loss = last.get("head_loss", last["loss"])
         return self._last_loss
 
-    def _discard_step(self) -> None:
-        for stage in self.stages:
-            stage.discard_step()
-
-    def _load(self, action: Load) -> None:
+    def _load(self, number: int) -> MicroBatch:
         if self._data_iterator is None:
             raise DataError("train_batch() has no data: pass data_iter, or call set_dataiterator.")
         try:
             item = next(self._data_iterator)
         except StopIteration:
             raise EndOfData from None
-        tag = Tag(self.global_steps, action.micro_batch, self._batch_id)
+        tag = Tag(self.global_steps, number, self._batch_id)
         self._batch_id += 1
         inputs = self._collate(item)
         self._count(inputs)
-        self._current = MicroBatch(inputs, tag).to(self.device)
-
-    def _receive(self, action: Receive) -> None:
-        expected = Expected("train", self.global_steps, action.micro_batch)
-        self._current = self._channel.receive(expected)
+        return MicroBatch(inputs, tag).to(self.device)
 
     def _count(self, inputs: Mapping[str, Tensor]) -> None:
         """Before the batch moves to the device, so that counting waits for nothing."""
         mask, first = inputs.get("attention_mask"), next(iter(inputs.values()))
         self.samples_seen += first.shape[0]
         self.tokens_seen += first.shape[0] if mask is None else int(mask.sum())
-
-    def _forward(self, action: Forward) -> None:
-        assert self._current is not None
-        self._current = self._stage(action.stage).forward(self._current)
-
-    def _send(self, action: Send) -> None:
-        assert self._current is not None
-        self._channel.send(self._current, "train")
-
-    def _backward(self, action: Backward) -> None:
-        boundary = action.micro_batch == self.micro_batches - 1
-        lr = self.lr_at(self.global_steps) if boundary else None
-        self._stage(action.stage).backward(lr)
-
-    def _stage(self, index: int) -> Stage:
-        return self.stages[index - self.stages[0].index]
 
     def reduce_loss(self) -> Tensor:
         """The last stage's loss of the last step, mean over data-parallel ranks, on every rank.

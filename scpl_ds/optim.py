@@ -45,7 +45,8 @@ def build_optimizer(
     Two parameter groups: with weight decay, and without it for parameters of fewer than two
     dimensions (biases and norms), as transformers' Trainer does by name. Frozen parameters are left
     out; a group nobody is in does not exist. ``Adam`` means AdamW unless ``adam_w_mode: false``, as
-    in DeepSpeed. Defaults are Hugging Face's: no weight decay, where torch's AdamW has 0.01.
+    in DeepSpeed. Defaults are Hugging Face's: no weight decay, where torch's AdamW has 0.01, and
+    the fused implementation (``foreach`` in the section chooses another).
 
     Args:
         named_parameters: Of one stage, its objective's head included.
@@ -105,6 +106,8 @@ def _class_name(kind: str, params: dict[str, Any]) -> str:
 
 def _torch_options(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     options = {k: v for k, v in params.items() if k not in _DEEPSPEED_ONLY and v is not None}
+    if kind in ("adam", "adamw") and "foreach" not in options:
+        options["fused"] = True  # one pass, and no temporaries as large as the parameters
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     return options

@@ -6,8 +6,6 @@ every depth, and all problems are reported at once, each with its dotted path.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -26,6 +24,7 @@ from scpl_ds.errors import RecipeError
 from scpl_ds.problems import Problem, problems_of, recipe_error, show, unknown_key
 from scpl_ds.recipe_fields import Section
 from scpl_ds.recipe_files import apply_overrides, read_mapping
+from scpl_ds.recipe_fingerprint import fingerprint_of
 from scpl_ds.recipe_sections import (
     DataChoice,
     ModelSection,
@@ -49,43 +48,6 @@ __all__ = [
 ]
 
 _TRAIN_HINTS = [key for fill in FILLS.values() for key in fill.train_keys]
-
-_NOT_IN_FINGERPRINT = {
-    "scpl": ("pipeline_ranks", "schedule", "max_in_flight", "timeout_s"),
-    "deepspeed": [
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-        "disable_python_gc",
-        "log_level",
-        "tensorboard",
-        "wandb",
-        "csv_monitor",
-        "comet",
-        "comms_logger",
-        "flops_profiler",
-        "timers",
-        "checkpoint",
-    ],
-    "train": [
-        "output_dir",
-        "run_name",
-        "logging_steps",
-        "eval_strategy",
-        "eval_steps",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "dataloader_num_workers",
-        "disable_tqdm",
-        "export",
-        "export_dir",
-        "per_device_eval_batch_size",
-    ],
-}
-
 
 _OTHER_NAMES = {
     "lr": "train.learning_rate",
@@ -169,15 +131,7 @@ class Recipe(Section):
         Left out: how many ranks share the stages and how messages flow (the numbers are the same to
         the bit), trackers, folders, logging, evaluation and checkpoint frequency.
         """
-        parts = self.to_mapping()
-        parts.pop("trackers", None)
-        parts["deepspeed"] = dict(self.deepspeed.filled)
-        for section, keys in _NOT_IN_FINGERPRINT.items():
-            parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
-        for key in _TRAIN_HINTS:  # already in parts["deepspeed"]
-            parts["train"].pop(key, None)
-        text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return fingerprint_of(self.to_mapping(), self.deepspeed.filled)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -347,7 +301,7 @@ def _deepspeed(
     hints = {k: getattr(train, k) for k in _TRAIN_HINTS} if train else {}
     section = DeepSpeedSection(raw, {k: v for k, v in hints.items() if v is not None})
     problems = check_values(section)
-    problems += unsupported(section, scpl.sharding if scpl else "deepspeed")
+    problems += _unsupported(section, scpl)
     if train and section.scheduler:
         auto = section.scheduler.params.get("warmup_num_steps") == "auto"
         same = (section.scheduler.type, train.lr_scheduler_type) == (
@@ -362,6 +316,19 @@ def _deepspeed(
     if not problems:
         section.warn_of_defaults()
     return section, problems
+
+
+def _unsupported(section: DeepSpeedSection, scpl: ScplSection | None) -> list[Problem]:
+    """What the backend cannot do, for every ZeRO stage that some pipeline stage has."""
+    if scpl is None:
+        return unsupported(section, "deepspeed")
+    stages = sorted(set(scpl.zero_stages or [section.zero_stage]))
+    found = [unsupported(section.with_zero_stage(z), scpl.sharding) for z in stages]
+    problems = list(dict.fromkeys(problem for each in found for problem in each))
+    if scpl.clip_scope == "global" and section.gradient_clipping == 0:
+        message = "global has nothing to clip: deepspeed.gradient_clipping is 0"
+        problems.append(Problem("scpl.clip_scope", message))
+    return problems
 
 
 class _Unreadable(dict[str, Any]):

@@ -66,6 +66,27 @@ NameOrFolder = Annotated[str, Field(min_length=1), AfterValidator(name_or_folder
 """As ``from_pretrained`` takes it."""
 
 
+def compile_backend(value: str) -> str:
+    """A backend of ``torch.compile``; those for debugging are accepted, but not listed."""
+    import torch._dynamo  # a second, only for who compiles
+
+    if value not in (every := torch._dynamo.list_backends(exclude_tags=())):
+        known = ", ".join(torch._dynamo.list_backends())
+        near = registry.did_you_mean(value, every)
+        raise ValueError(f"torch.compile has no backend '{value}'{near} Known here: {known}")
+    return value
+
+
+def compile_mode(value: str) -> str:
+    """A mode of ``torch.compile``."""
+    import torch._inductor
+
+    if value not in (known := tuple(torch._inductor.list_mode_options())):
+        near = registry.did_you_mean(value, known)
+        raise ValueError(f"torch.compile has no mode '{value}'{near} Known: {', '.join(known)}")
+    return value
+
+
 class Named(pydantic.BaseModel):
     """``{name: ..., <options>}``: a class from the registry and that class's own options.
 

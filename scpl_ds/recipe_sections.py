@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from scpl_ds import registry
 from scpl_ds.problems import Problem, nested, show
@@ -23,6 +23,8 @@ from scpl_ds.recipe_fields import (
     NameOrFolder,
     Number,
     Section,
+    compile_backend,
+    compile_mode,
     not_bool,
 )
 
@@ -180,9 +182,22 @@ class ScplSection(Section):
     max_in_flight: Count = 2
     """Messages that may wait at a boundary before the sender pauses; each holds one micro-batch of
     hidden states."""
+    step_in_backward: bool = True
+    """With gradient accumulation and several stages on a rank: all micro-batches through one stage,
+    then its optimizer step, before the next stage begins, so that only one stage has gradients.
+    ``false``: each micro-batch through all of them. The numbers are the same to the bit."""
+    sync: Literal["none", "step"] = "none"
+    """``step``: no stage begins an optimizer step before all have ended the one before. Costs the
+    pipeline a bubble every step."""
+    clip_scope: Literal["stage", "global"] = "stage"
+    """What ``deepspeed.gradient_clipping`` limits: the norm of each stage's gradients, or of all
+    stages' together (needs ``sync: step``, and keeps the gradients of all stages of a rank)."""
     sharding: Annotated[str, _registered("sharding")] = "deepspeed"
-    """Backend that spreads one stage over its data-parallel ranks: ``deepspeed``, ``none``, or
-    ``package.module:Class``."""
+    """Backend that spreads one stage over its data-parallel ranks: ``deepspeed``, ``fsdp``,
+    ``ddp``, ``none``, or ``package.module:Class``."""
+    zero_stages: tuple[Annotated[int, Field(ge=0, le=3)], ...] | None = None
+    """ZeRO stage of each pipeline stage, where they differ; goes before
+    ``deepspeed.zero_optimization.stage``."""
     timeout_s: Annotated[float, Field(gt=0), BeforeValidator(not_bool)] = 600.0
     """Seconds that a rank waits for its neighbour before it gives up and says for what."""
 
@@ -202,6 +217,21 @@ class ScplSection(Section):
                 Problem(
                     "partition",
                     f"has {len(self.partition)} ranges, but stages is {self.stages}",
+                )
+            )
+        if self.zero_stages is not None and len(self.zero_stages) != self.stages:
+            problems.append(
+                Problem(
+                    "zero_stages",
+                    f"has {len(self.zero_stages)} numbers, but stages is {self.stages}",
+                )
+            )
+        if self.clip_scope == "global" and self.sync != "step":
+            problems.append(
+                Problem(
+                    "clip_scope",
+                    "global needs scpl.sync: step: the norm over all stages is known only when the "
+                    "last one has gone backward",
                 )
             )
         if problems:
@@ -233,6 +263,18 @@ class TrainSection(Section):
     gradient_accumulation_steps: Count | None = None
     """Same as ``deepspeed.gradient_accumulation_steps``. Not a larger batch for a contrastive
     objective: it compares the rows of one micro-batch."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and run the layer again in backward: much less memory for
+    about a third more work; the numbers are the same to the bit."""
+    torch_compile: bool = False
+    """Compile the layers of a stage. The first steps wait for it, and again when the length of the
+    batches first changes. The same numbers up to rounding, but dropout draws others."""
+    torch_compile_backend: Annotated[str, AfterValidator(compile_backend)] | None = None
+    """``inductor`` (default; needs a C++ compiler or a GPU), or another that torch knows; turns
+    ``torch_compile`` on."""
+    torch_compile_mode: Annotated[str, AfterValidator(compile_mode)] | None = None
+    """Of ``inductor``: ``default``, ``reduce-overhead`` or ``max-autotune``; turns
+    ``torch_compile`` on."""
     learning_rate: Number | None = None
     """Same as ``deepspeed.optimizer.params.lr``; 5e-5 when neither is set."""
     weight_decay: Number | None = None
@@ -297,9 +339,32 @@ class TrainSection(Section):
                 filled[f"{what}_steps"] = steps
         return filled
 
+    @model_validator(mode="before")
+    @classmethod
+    def _compiling_options_compile(cls, value: Any) -> Any:
+        """``torch_compile_backend: inductor`` alone means ``torch_compile: true``, as in HF's."""
+        keys = ("torch_compile_backend", "torch_compile_mode")
+        if not isinstance(value, Mapping) or value.get("torch_compile") is not None:
+            return value
+        asked = any(value.get(key) is not None for key in keys)
+        return {**value, "torch_compile": True} if asked else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems: list[Problem] = []
+        for key in ("torch_compile_backend", "torch_compile_mode"):
+            if getattr(self, key) is not None and not self.torch_compile:
+                problems.append(
+                    Problem(key, "has no effect with torch_compile: false; remove one of the two")
+                )
+        if self.torch_compile_mode and self.torch_compile_backend not in (None, "inductor"):
+            problems.append(
+                Problem(
+                    "torch_compile_mode",
+                    f"is for inductor only, but torch_compile_backend is "
+                    f"'{self.torch_compile_backend}'; remove one of the two",
+                )
+            )
         for what in ("save", "eval"):
             strategy, steps = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
             if strategy != "steps" and steps is not None:

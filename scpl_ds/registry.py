@@ -20,6 +20,8 @@ _TABLES: dict[str, dict[str, str]] = {
     "sharding": {
         "deepspeed": "scpl_ds.sharding.deepspeed:DeepSpeedBackend",
         "none": "scpl_ds.sharding.none:NoneBackend",
+        "ddp": "scpl_ds.sharding.ddp:DdpBackend",
+        "fsdp": "scpl_ds.sharding.fsdp:FsdpBackend",
     },
     "data": {
         "demo": "scpl_ds.data.demo:DemoSource",

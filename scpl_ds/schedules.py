@@ -44,23 +44,34 @@ class Send:
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """Local backward of one stage, and the optimizer step after the last micro-batch."""
+    """Local backward of one stage."""
 
     stage: int
     micro_batch: int
 
 
-Action = Load | Receive | Forward | Send | Backward
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Optimizer step of one stage, after its last backward."""
+
+    stage: int
+
+
+Action = Load | Receive | Forward | Send | Backward | Step
 Schedule = Callable[..., Iterator[Action]]
 
 
 def stream(
-    local_stages: Sequence[int], num_stages: int, num_micro_batches: int
+    local_stages: Sequence[int],
+    num_stages: int,
+    num_micro_batches: int,
+    *,
+    step_in_backward: bool = True,
 ) -> Iterator[Action]:
     """One optimizer step of one rank, with nothing to wait for but its own input.
 
     A stage goes backward right after its own forward and frees its activations before the next
-    local stage begins, so a rank holds the activations of one stage and one micro-batch. The last
+    forward begins, so a rank holds the activations of one stage and one micro-batch. The last
     local stage's output leaves before that stage's backward. No action looks at a later stage, so a
     rank runs on into the next step: the pipeline fills once a run.
 
@@ -68,15 +79,26 @@ def stream(
         local_stages: The stages of this rank, consecutive, first to last.
         num_stages: Stages of the whole model.
         num_micro_batches: Micro-batches of one optimizer step.
+        step_in_backward: All micro-batches go through one stage, which then takes its step and
+            frees its gradients, before the next local stage begins: gradients of one stage at a
+            time, and what the stage gave for each micro-batch waits. Otherwise each micro-batch
+            goes through all local stages first. The same where there is one micro-batch or one
+            local stage; the numbers are the same to the bit always.
     """
     first, last = local_stages[0], local_stages[-1]
-    for n in range(num_micro_batches):
-        yield Load(n) if first == 0 else Receive(n)
-        for k in local_stages:
-            yield Forward(k, n)
-            if k == last and k < num_stages - 1:
-                yield Send(n)
-            yield Backward(k, n)
+    numbers = range(num_micro_batches)
+    order = [(k, n) for k in local_stages for n in numbers]
+    if not step_in_backward:
+        order.sort(key=lambda pair: (pair[1], pair[0]))
+    for k, n in order:
+        if k == first:
+            yield Load(n) if first == 0 else Receive(n)
+        yield Forward(k, n)
+        if k == last and k < num_stages - 1:
+            yield Send(n)
+        yield Backward(k, n)
+        if n == numbers[-1]:
+            yield Step(k)
 
 
 def one_f_one_b(

@@ -29,6 +29,8 @@ from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.loading import load_stage
 from scpl_ds.partition.plan import PartitionPlan
+from scpl_ds.partition.prepare import prepare
+from scpl_ds.partition.stage_module import StageModule
 from scpl_ds.recipe import Recipe, check_world
 from scpl_ds.schedules import render, simulate
 from scpl_ds.stage import as_body
@@ -146,7 +148,9 @@ def _read(recipe: Recipe, trained: Path | None) -> Data:
     )
     config = load_config(path, revision=model.revision)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    input_names = anatomy_of(config, model.task).forward_keys
+    # With the attention too, so that one that is not there is refused before minutes of tokenising.
+    attention = model.attn_implementation
+    input_names = anatomy_of(config, model.task, attn_implementation=attention).forward_keys
 
     def ids(split: Any) -> TokenizedDataset | range:
         if split is None:
@@ -231,26 +235,29 @@ def make_engine(
 ) -> Engine:
     """Load this rank's stages and build the engine over them."""
     section, seed = recipe.deepspeed, recipe.train.seed
+    backend = registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding")
     extra = {}
     if recipe.model.attn_implementation is not None:
         extra["attn_implementation"] = recipe.model.attn_implementation
     if recipe.model.revision is not None:
         extra["revision"] = recipe.model.revision
     factor = lr_schedule(section, recipe.train, total_steps)
+
+    def load(k: int) -> StageModule:
+        return load_stage(
+            model.path,
+            recipe.model.task,
+            model.anatomy,
+            *model.plan.span(k),
+            config=model.config,
+            dtype=backend.weights_dtype(section),
+            seed=seed,
+            **extra,
+        )
+
     return build_engine(
         model.plan,
-        lambda k: as_body(
-            load_stage(
-                model.path,
-                recipe.model.task,
-                model.anatomy,
-                *model.plan.span(k),
-                config=model.config,
-                dtype=torch.float32,
-                seed=seed,
-                **extra,
-            )
-        ),
+        lambda k: as_body(prepare(load(k), recipe.train)),
         recipe.scpl,
         section,
         mesh,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from scpl_ds.batch import MicroBatch
 from scpl_ds.checkpoint import Reader, Writer
 from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.distributed.rows import row_gatherer
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import DataError
 from scpl_ds.objectives._base import Objective
 from scpl_ds.optim import OptimizerState
 from scpl_ds.partition.stage_module import StageOutput
-from scpl_ds.sharding._base import StageBackend
+from scpl_ds.sharding._base import MakeOptimizer, StageBackend
 
+log = logging.getLogger(__name__)
 DetachFeatures = bool | Literal["both"]
 HEADS = "scpl_heads"
 
@@ -108,6 +111,15 @@ class LocalStage(nn.Module):
             names[name] = head + rest if room == "objective" else rest.removeprefix("model.")
         return names
 
+    def memory_names(self) -> frozenset[str]:
+        """Checkpoint names of the objective's persistent buffers."""
+        learned = dict(self.named_parameters())
+        return frozenset(
+            theirs
+            for ours, theirs in self.checkpoint_names().items()
+            if ours.startswith("objective.") and ours not in learned
+        )
+
 
 class Stage:
     """One stage of one rank: its module, its backend, its random numbers, its running totals."""
@@ -158,23 +170,26 @@ class Stage:
         self.logits = output["logits"]
         return batch.with_hidden_states(output["hidden_states"]), output["loss"]
 
-    def backward(self, lr: float | None) -> None:
-        """Local backward of the last forward; with a learning rate (the step's last micro-batch)
-        also the optimizer step."""
+    def backward(self, *, last: bool) -> None:
+        """Local backward of the last forward; ``last``: of the step's last micro-batch."""
         assert self._loss is not None, "backward before forward"
-        self.backend.backward(self._loss, last=lr is not None)
-        self._loss = None
-        if lr is None:
-            return
-        norm = self.backend.step(lr)
+        loss, self._loss = self._loss, None
+        self.backend.backward(loss, last=last)
+
+    def step(self, lr: float, *, clip_to: float | None = None) -> None:
+        """Optimizer step, after the last backward; arguments as :meth:`StageBackend.step`."""
+        metrics = self.backend.step(lr, clip_to=clip_to)
+        if self.module.objective is not None:
+            self.module.objective.commit_step()
         self.metrics = {name: total / self._count for name, total in self._sums.items()}
-        if norm is not None:
-            self.metrics["grad_norm"] = norm.detach()
+        self.metrics |= {name: value.detach() for name, value in metrics.items()}
         self._sums, self._count = {}, 0
 
     def discard_step(self) -> None:
         """Forget the micro-batches of a step that will not be finished."""
         self.backend.discard()
+        if self.module.objective is not None:
+            self.module.objective.discard_step()
         self._loss, self._sums, self._count = None, {}, 0
 
     def _run(self, batch: MicroBatch) -> dict[str, Any]:
@@ -208,13 +223,31 @@ class Stage:
         Raises:
             CheckpointError: A tensor of the model is missing or has another shape.
         """
+        self.discard_step()
         own = {theirs: ours for ours, theirs in self.module.checkpoint_names().items()}
-        present = self.module.state_dict()
-        shapes = {theirs: present[ours].shape for theirs, ours in own.items()}
-        self.backend.load_parameters(_rename(reader.tensors(own, shapes), own))
+        shapes = {theirs: self.backend.shapes[ours] for theirs, ours in own.items()}
+        memory = self.module.memory_names()
+        tensors = reader.tensors([name for name in own if name not in memory], shapes)
+        tensors |= self._read_memory(reader, {name: shapes[name] for name in memory})
+        self.backend.load_parameters(_rename(tensors, own))
         if with_optimizer:
             self.backend.load_optimizer_state(_rename_state(reader.optimizer_state(own), own))
-        self.discard_step()
+
+    def _read_memory(self, reader: Reader, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """The objective's buffers, all or none: they are what it remembers of earlier micro-batches
+        and not what it learned, so a checkpoint with other ones still fits."""
+        if self.module.objective is not None:
+            self.module.objective.forget()
+        found = reader.tensors(set(shapes) & set(reader.names()))
+        if all(name in found and found[name].shape == shape for name, shape in shapes.items()):
+            return found
+        log.warning(
+            "%s does not hold what the local objective of stage %d remembers, or not in this size "
+            "(%s): it starts with an empty memory.",
+            reader.folder, self.index,
+            ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items())),
+        )  # fmt: skip
+        return {}
 
 
 def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -233,7 +266,7 @@ def build_stage(
     *,
     make_objective: Callable[[int | None], Objective],
     detach_features: DetachFeatures,
-    make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    make_optimizer: MakeOptimizer,
     backend: type[StageBackend],
     section: DeepSpeedSection,
     mesh: Mesh,
@@ -250,11 +283,10 @@ def build_stage(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((seed * 1_000_003 + body.end) % 2**63)
             objective = make_objective(body.hidden_size)
-    module = LocalStage(body, objective, detach_features=detach_features).to(device)
+        objective.gather_rows = row_gatherer(mesh)
+    module = LocalStage(body, objective, detach_features=detach_features)
     module.train()
-    trainable = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    optimizer = make_optimizer(trainable)
-    return Stage(index, module, backend(module, optimizer, section, mesh, device), seed)
+    return Stage(index, module, backend(module, make_optimizer, section, mesh, device), seed)
 
 
 def as_body(module: nn.Module) -> StageBody:

@@ -14,12 +14,19 @@ import torch
 
 from scpl_ds import checkpoint, export
 from scpl_ds.data.loader import BatchLoader
-from scpl_ds.distributed.collectives import MetricsMailbox, barrier, broadcast_object
+from scpl_ds.distributed.collectives import (
+    MetricsMailbox,
+    barrier,
+    broadcast_object,
+    gather_objects,
+)
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
 from scpl_ds.evaluation import evaluate, score_model
-from scpl_ds.meter import Meter, peak_memory_gib
+from scpl_ds.memory import Workload
+from scpl_ds.memory_report import compare
+from scpl_ds.meter import MemoryWatch, Meter, give_back_freed_memory, peak_memory_gib
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.recipe import Recipe
 from scpl_ds.run_folder import RunFolder, versions
@@ -95,6 +102,9 @@ class Run:
             mesh, lambda: make_loaders(recipe, self.data, mesh)
         )
         self.progress = self._plan_steps()
+        if device.type == "cpu":
+            give_back_freed_memory()
+        self.memory = MemoryWatch(device)
         self.engine: Engine = together(
             mesh,
             lambda: make_engine(
@@ -239,6 +249,7 @@ class Run:
         train, progress = self.recipe.train, self.progress
         batches = iter(self.train_loader) if self.engine.is_first_stage() else None
         self.meter.restart()
+        self.memory.restart()
         if progress.done >= progress.total_steps:
             self._nothing_left()
         for step in range(progress.done + 1, progress.total_steps + 1):
@@ -322,6 +333,10 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         totals, seconds = self.meter.total(), self.meter.seconds
+        peaks = gather_objects(self.mesh, self.memory.peak())
+        if self.is_main:
+            work = Workload.of(self.recipe, self.model, self.device.type)
+            log.info("%s", compare(work, peaks, self.mesh.pp_size, self.mesh.dp_size))
         stages, steps = self.engine.num_stages, self.engine.global_steps
         self._free_engine()
         exported = together(self.mesh, self._export)

@@ -3,8 +3,9 @@ waiting."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,8 +82,34 @@ def gather_objects(mesh: Mesh, value: Any) -> list[Any]:
     return box
 
 
+@contextlib.contextmanager
+def lost_rank_is_named(mesh: Mesh, doing: str) -> Iterator[None]:
+    """Around collectives of a stage: a failure becomes a ``BoundaryError`` that says what this rank
+    was ``doing`` and with whom."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise BoundaryError(
+            f"rank {mesh.rank} could not {doing} with ranks {mesh.stage_ranks} of its "
+            f"stage: one is no longer running or is stuck; its own log says why. "
+            f"[{str(error).strip().splitlines()[0]}]"
+        ) from error
+
+
+def sum_over_stages(mesh: Mesh, value: float) -> float:
+    """Sum over the pipeline ranks of a number that data-parallel ranks agree on (waits)."""
+    box = torch.tensor(value, dtype=torch.float64)
+    with lost_rank_is_named(mesh, "agree on the norm of the gradients"):
+        dist.all_reduce(box, group=mesh.control_group)
+    return float(box) / mesh.dp_size
+
+
+MESSAGE_ELEMENTS = 8 * 2**20
+"""Gradients of one message: enough to hide its latency, little beside a stage."""
+
+
 def average_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> None:
-    """Average ``.grad`` over the data-parallel ranks of this stage, in one flat message per dtype.
+    """Average ``.grad`` over the data-parallel ranks of this stage, in a few flat messages.
 
     Every rank passes the same parameters. One that got no gradient here but did on another rank (a
     skipped layer, an expert without tokens) counts as zeros; one that got none anywhere keeps None.
@@ -93,27 +120,32 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> N
     if mesh.dp_size == 1:
         return
     seen = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
-    for parameter in parameters:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    try:
+    with lost_rank_is_named(mesh, "average gradients"):
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.dp_control_group)
-        for group in by_dtype.values():
-            flat = torch.cat([_gradient(p).reshape(-1) for p in group])
+        used = [p for p, anywhere in zip(parameters, seen.tolist(), strict=True) if anywhere]
+        for bucket in _buckets(used):
+            flat = torch.cat([_gradient(p).reshape(-1) for p in bucket])
             dist.all_reduce(flat, group=mesh.dp_group)
             flat /= mesh.dp_size
-            averaged = flat.split([p.numel() for p in group])
-            for parameter, part in zip(group, averaged, strict=True):
-                parameter.grad = part.view_as(parameter)
-    except RuntimeError as error:
-        raise BoundaryError(
-            f"rank {mesh.rank} could not average gradients with ranks {mesh.stage_ranks} of its "
-            f"stage: one is no longer running or is stuck; its own log says why. "
-            f"[{str(error).strip().splitlines()[0]}]"
-        ) from error
-    for parameter, anywhere in zip(parameters, seen.tolist(), strict=True):
-        if not anywhere:
-            parameter.grad = None
+            averaged = flat.split([p.numel() for p in bucket])
+            for parameter, part in zip(bucket, averaged, strict=True):
+                # Into the old memory, so that the message can be freed.
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(part.view_as(parameter))
+
+
+def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Neighbours of one dtype, up to ``MESSAGE_ELEMENTS`` elements (or one larger parameter)."""
+    bucket: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        full = sum(p.numel() for p in bucket) + parameter.numel() > MESSAGE_ELEMENTS
+        if bucket and (full or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

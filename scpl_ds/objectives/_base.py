@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+IGNORED_LABEL = -100
+"""A row with this label is no anchor, no positive and no negative, as in torch's cross-entropy."""
+
+
+class GatheredRows(NamedTuple):
+    """The rows of all data-parallel ranks of a stage for one micro-batch, in rank order, without
+    gradient."""
+
+    features: Tensor
+    """[N, D]."""
+    labels: Tensor
+    """int64, [N]."""
+    first: int
+    """Where this rank's own rows begin."""
+    ranks: int
+    """How many ranks there are."""
+
+    def with_own(self, features: Tensor) -> Tensor:
+        """The features of all ranks, [N, D], with this rank's own [B, D] in their place, so that
+        they get a gradient."""
+        after = self.first + len(features)
+        return torch.cat([self.features[: self.first], features, self.features[after:]])
+
+
+GatherRows = Callable[[Tensor, Tensor], GatheredRows]
+"""(features [B, D], labels [B]) -> the rows of all ranks; a collective of the stage."""
 
 
 class ObjectiveOutput(NamedTuple):
     """What one micro-batch gave: the loss to go backward from, and numbers to log."""
 
     loss: Tensor
-    """Scalar, attached to the graph, float32 (float64 stays float64)."""
+    """Scalar, attached to the graph, float32 (float64 stays float64). The stage averages its
+    gradient over the data-parallel ranks, like that of any loss."""
     metrics: dict[str, Tensor]
     """Detached 0-dim tensors, still on the device: reading one waits for the device."""
 
@@ -29,10 +59,13 @@ class Objective(nn.Module, abc.ABC):
 
     An objective is pure maths: it knows no process group, no optimizer and no model. Its parameters
     belong to the stage: they are trained with the stage's layers, saved as
-    ``scpl_heads.layer_{last layer of the stage}.*`` and left out of the exported model.
+    ``scpl_heads.layer_{last layer of the stage}.*`` and left out of the exported model. Persistent
+    buffers are what it remembers of earlier micro-batches: saved with the parameters, but a
+    checkpoint that has none, or of another size, still loads, and the memory starts empty. One that
+    has such buffers also writes ``commit_step``, ``discard_step`` and ``forget``.
 
-    They are drawn from torch's global generator when the objective is built, in the order of the
-    modules; whoever builds it seeds.
+    The parameters are drawn from torch's global generator when the objective is built, in the order
+    of the modules; whoever builds it seeds.
 
     Args:
         options: An instance of this class's ``Options``.
@@ -41,6 +74,9 @@ class Objective(nn.Module, abc.ABC):
     """
 
     Options: ClassVar[type[BaseModel]] = ObjectiveOptions
+    gather_rows: GatherRows | None = None
+    """How to see the rows of the stage's other data-parallel ranks; set by the stage, and None
+    where there is only one rank. To be called for every micro-batch of training or for none."""
 
     def __init__(
         self, options: BaseModel, *, hidden_size: int | None, num_labels: int | None
@@ -65,6 +101,15 @@ class Objective(nn.Module, abc.ABC):
             attention_mask: 1 for a real position, 0 for padding, [B, T]; None: no padding.
             labels: As the collator gives them; usually int64, [B].
         """
+
+    def commit_step(self) -> None:
+        """The optimizer step is done: what its micro-batches left in the buffers stays."""
+
+    def discard_step(self) -> None:
+        """The step will not be finished: the buffers as they were before it."""
+
+    def forget(self) -> None:
+        """The buffers as they were at the start of training."""
 
     @abc.abstractmethod
     def flops(self, batch: int, sequence: int) -> int:

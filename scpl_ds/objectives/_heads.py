@@ -1,11 +1,14 @@
-"""From hidden states to one vector a sample: pooling without padding, and projection heads."""
+"""From hidden states to one vector a sample: pooling without padding, projection heads, length."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from scpl_ds.objectives._base import IGNORED_LABEL
 
 Pooling = Literal["mean", "cls", "last"]
 Projection = Literal["identity", "linear", "mlp"]
@@ -70,6 +73,13 @@ def pool(hidden_states: Tensor, attention_mask: Tensor | None, how: Pooling) -> 
     rows = torch.arange(mask.shape[0], device=mask.device)
     pooled = hidden_states[rows, index].to(dtype)  # [B, D]
     return pooled.masked_fill(~mask.any(dim=1)[:, None], 0.0)
+
+
+def unit_rows(rows: Tensor, labels: Tensor) -> Tensor:
+    """The rows [N, D] at length 1, float32 at least; zeros for those that ``labels`` [N] ignores,
+    whatever they hold."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return F.normalize(rows.masked_fill((labels == IGNORED_LABEL)[:, None], 0.0), dim=-1)
 
 
 class ProjectionHead(nn.Module):

@@ -5,23 +5,41 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import BaseModel, Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from scpl_ds.errors import RecipeError
-from scpl_ds.objectives._base import Objective, ObjectiveOptions, ObjectiveOutput
-from scpl_ds.objectives._heads import Pooling, Projection, ProjectionHead, pool, real_rows
+from scpl_ds.objectives._base import (
+    IGNORED_LABEL,
+    GatheredRows,
+    Objective,
+    ObjectiveOptions,
+    ObjectiveOutput,
+)
+from scpl_ds.objectives._heads import (
+    Pooling,
+    Projection,
+    ProjectionHead,
+    pool,
+    real_rows,
+    unit_rows,
+)
+from scpl_ds.objectives._queue import FeatureQueue
 
-IGNORED_LABEL = -100
-"""A row with this label is no anchor, no positive and no negative, as in torch's cross-entropy."""
+Memory = tuple[Tensor, Tensor]
+"""Rows to compare with that are no anchors: features [M, D] and labels [M]."""
 
 
-def positive_pairs(labels: Tensor) -> Tensor:
-    """Which pairs of rows share a class, bool, [N, N]; no row with itself, no ignored row."""
+def positive_pairs(labels: Tensor, memory_labels: Tensor | None = None) -> Tensor:
+    """Which anchors [N] share a class with which rows [N + M]: the anchors, then the memory; bool,
+    [N, N + M]. No row with itself, no ignored row."""
+    keys = labels if memory_labels is None else torch.cat([labels, memory_labels])  # [N + M]
     counted = labels != IGNORED_LABEL  # [N]
-    same = (labels[:, None] == labels[None, :]) & counted[:, None]  # [N, N]
-    return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return (labels[:, None] == keys[None, :]) & counted[:, None] & ~_itself(labels, keys)
+
+
+def _itself(anchors: Tensor, keys: Tensor) -> Tensor:
+    return torch.eye(len(anchors), len(keys), dtype=torch.bool, device=keys.device)
 
 
 def supcon_loss(
@@ -30,6 +48,7 @@ def supcon_loss(
     *,
     temperature: float = 0.1,
     pos_norm: Literal["paper", "khosla"] = "paper",
+    memory: Memory | None = None,
 ) -> Tensor:
     """Supervised contrastive loss of one batch: same-label rows attract, the rest repel.
 
@@ -39,16 +58,20 @@ def supcon_loss(
     the mean is over the anchors that have a positive. A batch of one row, or without any pair,
     gives 0 with a gradient of zeros, never NaN and never a missing gradient.
 
+    Rows of ``memory`` are further positives and negatives of every anchor. They are no anchors, so
+    they do not count in the mean, and get no gradient.
+
     Rows labelled -100 are left out altogether, whatever they hold. Computed in float32 (float64
     stays float64), also under autocast. Needs no synchronisation with the device.
 
-    Shapes: N rows (micro-batch x data-parallel ranks when gathered), D features.
+    Shapes: N rows (micro-batch x data-parallel ranks when gathered), D features, M remembered rows.
 
     Args:
         embeddings: Floating point, [N, D]. Normalised here; need not be unit length.
         labels: Integer, [N].
         temperature: Softmax temperature, dimensionless, > 0. Lower is sharper.
         pos_norm: Which of the two normalisations.
+        memory: Features [M, D], normalised here, and integer labels [M]; M may be 0.
 
     Returns:
         Scalar in nats, float32 or float64.
@@ -66,27 +89,49 @@ def supcon_loss(
         >>> round(supcon_loss(x, torch.tensor([0, 0, 1]), temperature=1.0).item(), 4)
         0.1044
     """
-    _check(embeddings, labels, temperature, pos_norm)
+    _check(embeddings, labels, temperature, pos_norm, memory)
     labels = labels.long()
-    counted = labels != IGNORED_LABEL  # [N]
-    positives = positive_pairs(labels)  # [N, N]
-    others = counted[None, :] & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    keys = labels if memory is None else torch.cat([labels, memory[1].long()])  # [N + M]
+    counted = keys != IGNORED_LABEL  # [N + M]
+    positives = positive_pairs(labels, keys[len(labels) :])  # [N, N + M]
+    others = counted[None, :] & ~_itself(labels, keys)  # [N, N + M]
     with torch.autocast(embeddings.device.type, enabled=False):
-        x = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        z = F.normalize(x.masked_fill(~counted[:, None], 0.0), dim=-1)  # [N, D]
+        z = unit_rows(embeddings, labels)  # [N, D]
         logits = z @ z.T / temperature  # [N, N]
+        if memory is not None:
+            # A product of its own, so that the backward computes nothing for it.
+            remembered = unit_rows(memory[0].detach(), memory[1]).to(z.dtype)  # [M, D]
+            logits = torch.cat([logits, z @ remembered.T / temperature], dim=1)  # [N, N + M]
         # finfo.min, not -inf: for a row without others, logsumexp of all -inf has a NaN gradient.
         denominator = logits.masked_fill(~others, torch.finfo(logits.dtype).min)
-        log_prob = logits - denominator.logsumexp(dim=1, keepdim=True)  # [N, N]
+        log_prob = logits - denominator.logsumexp(dim=1, keepdim=True)  # [N, N + M]
         per_anchor = -log_prob.masked_fill(~positives, 0.0).sum(dim=1)  # [N]
         num_positives = positives.sum(dim=1)  # [N]
         if pos_norm == "paper":
-            return (per_anchor / (num_positives + 1)).sum() / counted.sum().clamp(min=1)
+            num_rows = counted[: len(labels)].sum().clamp(min=1)
+            return (per_anchor / (num_positives + 1)).sum() / num_rows
         num_anchors = (num_positives > 0).sum().clamp(min=1)
         return (per_anchor / num_positives.clamp(min=1)).sum() / num_anchors
 
 
-def _check(embeddings: Tensor, labels: Tensor, temperature: float, pos_norm: str) -> None:
+def _check(
+    embeddings: Tensor, labels: Tensor, temperature: float, pos_norm: str, memory: Memory | None
+) -> None:
+    _check_rows(embeddings, labels)
+    if memory is not None:
+        _check_rows(*memory)
+        if memory[0].shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"supcon_loss compares rows of one width, got {embeddings.shape[1]} features a row "
+                f"and {memory[0].shape[1]} in memory."
+            )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}.")
+    if pos_norm not in ("paper", "khosla"):
+        raise ValueError(f"pos_norm must be 'paper' or 'khosla', got {pos_norm!r}.")
+
+
+def _check_rows(embeddings: Tensor, labels: Tensor) -> None:
     if embeddings.ndim != 2 or labels.ndim != 1 or embeddings.shape[0] != labels.shape[0]:
         raise ValueError(
             "supcon_loss needs one vector and one label per row, got embeddings of shape "
@@ -98,10 +143,6 @@ def _check(embeddings: Tensor, labels: Tensor, temperature: float, pos_norm: str
         )
     if not embeddings.is_floating_point():
         raise ValueError(f"supcon_loss needs floating point embeddings, got {embeddings.dtype}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}.")
-    if pos_norm not in ("paper", "khosla"):
-        raise ValueError(f"pos_norm must be 'paper' or 'khosla', got {pos_norm!r}.")
 
 
 class SupConOptions(ObjectiveOptions):
@@ -127,6 +168,16 @@ class SupConOptions(ObjectiveOptions):
     hand over a residual stream that nobody has normalised, in which a few features are far larger
     than the rest. false is the paper's setting; its own blocks end in a LayerNorm."""
 
+    gather: bool = False
+    """Compare the rows of all data-parallel ranks of the stage, as if one rank had them all: D
+    ranks with B rows each train as one rank with D x B rows. One message a micro-batch between
+    them, B x (width + labels), and none in the backward. Nothing changes with one rank."""
+    feature_queue: NonNegativeInt = 0
+    """Compare every row also with the last so many rows of earlier micro-batches (of all
+    data-parallel ranks), as the stage saw them then: further positives and negatives, without
+    gradient. For micro-batches of 1-8 rows. 0: off. Takes N x width x 4 bytes a stage, saved with
+    its head, and as much again within a step."""
+
     @model_validator(mode="after")
     def _dims_belong_to_the_projection(self) -> SupConOptions:
         if self.projection == "identity" and self.projection_dim is not None:
@@ -146,12 +197,14 @@ class SupCon(Objective):
     """Supervised contrastive local objective: pool, project, compare every pair of the micro-batch.
 
     Who shares the micro-batch is part of the objective: gradient accumulation is not a bigger batch
-    for it. Rows without a positive teach nothing; ``valid_anchor_fraction`` says how many rows of
-    the micro-batch did have one (fully padded rows and labels of -100 count as rows without).
+    for it. ``gather`` adds the rows of the other data-parallel ranks, ``feature_queue`` those of
+    earlier micro-batches; both in training only. Rows without a positive teach nothing;
+    ``valid_anchor_fraction`` says how many of the anchors did have one (fully padded rows and
+    labels of -100 count as rows without). With ``gather`` the anchors are the rows of all ranks.
 
     Raises:
-        RecipeError: The task has no classes (regression), or the head needs a hidden size that is
-            not known.
+        RecipeError: The task has no classes (regression), or the head or the queue needs a hidden
+            size that is not known.
     """
 
     Options: ClassVar[type[BaseModel]] = SupConOptions
@@ -180,6 +233,20 @@ class SupCon(Objective):
                 f"scpl.objective: {error} Use projection: identity with layer_norm: false, or "
                 "a model whose config has a hidden_size."
             ) from error
+        self.queue: FeatureQueue | None = None
+        if options.feature_queue:
+            if not self._width:
+                raise RecipeError(
+                    f"scpl.objective.feature_queue: {options.feature_queue} rows need the width of "
+                    "a row, and the hidden size is not known. Use projection: linear or mlp with a "
+                    "model whose config has a hidden_size, or feature_queue: 0."
+                )
+            self.queue = FeatureQueue(options.feature_queue, self._width)
+
+    @property
+    def _width(self) -> int:
+        """Width of the rows that are compared; 0 where it is not known."""
+        return self.head.shapes[-1][1] if self.head.shapes else (self.hidden_size or 0)
 
     def forward(
         self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor
@@ -193,22 +260,58 @@ class SupCon(Objective):
         self._check_labels(hidden_states, labels)
         pooled = pool(hidden_states, attention_mask, self.options.pooling)  # [B, D]
         labels = labels.long().masked_fill(~real_rows(hidden_states, attention_mask), IGNORED_LABEL)
+        features = self.head(pooled)  # [B, width]
+        queue = self.queue if self.training else None
+        rows = self._rows_of_all_ranks(features.detach(), labels)
+        anchors, classes = features, labels
+        if self.options.gather:
+            anchors, classes = rows.with_own(features), rows.labels  # [N, width], [N]
         loss = supcon_loss(
-            self.head(pooled),
-            labels,
+            anchors,
+            classes,
             temperature=self.options.temperature,
             pos_norm=self.options.pos_norm,
+            memory=None if queue is None else (queue.features, queue.labels),
         )
+        if self.options.gather:
+            # Every rank has the loss of all rows and the gradient of its own ones: the gradients
+            # are to be added over the ranks, and will be averaged. The value stays as it is.
+            loss = loss + (rows.ranks - 1) * (loss - loss.detach())
         with torch.no_grad():
-            has_positive = positive_pairs(labels).any(dim=1)  # [B]
-            fraction = has_positive.sum().float() / max(len(labels), 1)
+            pairs = positive_pairs(classes, None if queue is None else queue.labels)
+            fraction = pairs.any(dim=1).sum().float() / max(len(classes), 1)
+        if queue is not None:
+            queue.push(rows.features, rows.labels)
         return ObjectiveOutput(loss, {"valid_anchor_fraction": fraction})
 
+    def _rows_of_all_ranks(self, features: Tensor, labels: Tensor) -> GatheredRows:
+        """This rank's own rows unless those of the others are asked for, and there are others."""
+        asked = self.options.gather or self.queue is not None
+        if asked and self.training and self.gather_rows is not None:
+            return self.gather_rows(features, labels)
+        return GatheredRows(features, labels, first=0, ranks=1)
+
+    def commit_step(self) -> None:
+        if self.queue is not None:
+            self.queue.commit()
+
+    def discard_step(self) -> None:
+        if self.queue is not None:
+            self.queue.rollback()
+
+    def forget(self) -> None:
+        if self.queue is not None:
+            self.queue.clear()
+
     def flops(self, batch: int, sequence: int) -> int:
-        """FLOPs of the head and of the B x B similarities; pooling has no matrix product."""
+        """FLOPs of the head and of the B x (B + queue) similarities; pooling has no matrix product.
+
+        The rows that ``gather`` adds are not counted: how many ranks there will be is not known
+        when a plan is made.
+        """
         del sequence
-        width = self.head.shapes[-1][1] if self.head.shapes else (self.hidden_size or 0)
-        return self.head.flops(batch) + 2 * batch * batch * width
+        compared = batch + self.options.feature_queue
+        return self.head.flops(batch) + 2 * batch * compared * self._width
 
     @staticmethod
     def _check_labels(hidden_states: Tensor, labels: Tensor | None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,8 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scpl_ds.errors import PartitionError
+
+log = logging.getLogger(__name__)
 
 _AUTO_CLASSES = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -85,6 +89,25 @@ def use_cache_off(model: PreTrainedModel) -> dict[str, bool]:
     """``{'use_cache': False}`` if the model knows a cache, else nothing."""
     knows = "use_cache" in inspect.signature(model.base_model.forward).parameters
     return {"use_cache": False} if knows and accepts(model.forward, "use_cache") else {}
+
+
+def without_reentrant_checkpoints(model: PreTrainedModel) -> None:
+    """Give checkpointing that the user has switched on the form that is not reentrant.
+
+    A reentrant checkpoint trains nothing unless its input gets a gradient, and what a stage
+    receives gets none. The numbers stay the same.
+    """
+    replaced = False
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
+            keywords = {**function.keywords, "use_reentrant": False}
+            module._gradient_checkpointing_func = functools.partial(  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+                function.func, *function.args, **keywords
+            )
+            replaced = True
+    if replaced:
+        log.info("gradient checkpointing: use_reentrant=False in the stages, the same numbers.")
 
 
 def one_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from scpl_ds.partition._hf import (
     auto_class,
     model_class,
     no_init_weights,
+    one_line,
     quiet_transformers,
 )
 from scpl_ds.partition._trace import Anatomy, TraceError, trace
@@ -41,13 +42,17 @@ def anatomy_of(
     that would fail in training is refused here.
 
     Raises:
-        PartitionError: The model cannot be cut into stages; the message says why and what to do.
+        PartitionError: The model cannot be cut into stages, or cannot use ``attn_implementation``
+            here; the message says why and what to do.
     """
     config = copy.deepcopy(config)  # building with a dtype writes into the config it is given
     cls = model_class(config, task)
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = 0  # classifiers of more than one row ask for one
-    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+
+    if attn_implementation is not None:
+        _check_attention(cls, config, attn_implementation)
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation in _TRACED else {}
 
     def build(dtype: torch.dtype) -> PreTrainedModel:
         try:
@@ -55,11 +60,28 @@ def anatomy_of(
                 return cls._from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
         except (ValueError, ImportError) as error:
             raise PartitionError(
-                f"'{config.model_type}' cannot be built"
-                f"{f' with attn_implementation={attn_implementation}' if kwargs else ''}: {error}"
+                f"'{config.model_type}' cannot be built: {one_line(error)}"
             ) from error
 
     return _watch(build)
+
+
+_TRACED = ("eager", "sdpa")
+"""Kernels such as FlashAttention want a GPU and values; a model's parts are the same with any."""
+
+
+def _check_attention(cls: type[PreTrainedModel], config: PretrainedConfig, name: str) -> None:
+    """Let transformers say whether the model, and this machine, have it."""
+    try:
+        if name.startswith("paged|"):
+            raise ValueError("'paged|' is for generation and has no backward")
+        with torch.device("meta"), no_init_weights(), quiet_transformers():
+            cls._from_config(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation=name)
+    except (ValueError, ImportError) as error:
+        raise PartitionError(
+            f"model.attn_implementation: '{name}' cannot be used with '{config.model_type}' here "
+            f"({one_line(error)}). Set it to eager or sdpa, or remove the key."
+        ) from error
 
 
 def analyze(model: PreTrainedModel) -> Anatomy:
@@ -79,6 +101,8 @@ def analyze(model: PreTrainedModel) -> Anatomy:
             fake = torch.empty_like(tensor, dtype=dtype if tensor.is_floating_point() else None)
             memo[id(tensor)] = nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
         twin = copy.deepcopy(model, memo)
+        if getattr(twin.config, "_attn_implementation", None) not in (*_TRACED, None):
+            twin.set_attn_implementation("eager")
         if twin.config.get_text_config().pad_token_id is None:
             twin.config.get_text_config().pad_token_id = 0
         return twin

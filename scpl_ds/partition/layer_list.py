@@ -8,11 +8,13 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
 
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition.plan import PartitionPlan, explicit_bounds, min_max_cut
@@ -80,6 +82,20 @@ class LayerListStage(nn.Module):
 
     Tensors are named ``layers.<index in the whole list>.*``. Labels and the first layer's input are
     the batch's ``labels`` and ``inputs``; between layers goes one tensor.
+
+    Args:
+        layers: The whole list; only this stage's part is built.
+        start: First layer.
+        end: One past the last.
+        loss_fn: ``loss_fn(outputs, labels)``, called on the last stage.
+        hidden_size: Width of what the stage returns, where it is known.
+        seed: Of new weights.
+        checkpoint_interval: In training keep only what enters every n-th layer and run those n
+            layers again in backward; 0 keeps everything. The last layer of the list is left out:
+            the local objective needs what enters it.
+
+    Raises:
+        PartitionError: ``checkpoint_interval`` with a layer that keeps running statistics.
     """
 
     def __init__(
@@ -91,6 +107,7 @@ class LayerListStage(nn.Module):
         loss_fn: Callable[[Any, Tensor], Tensor] | None,
         hidden_size: int | None,
         seed: int,
+        checkpoint_interval: int = 0,
     ) -> None:
         super().__init__()
         self.start, self.end, self.num_layers = start, end, len(layers)
@@ -110,6 +127,15 @@ class LayerListStage(nn.Module):
             # A tied module is named after the first of its layers.
             if isinstance(built, nn.Module) and built not in self.layers.values():
                 self.layers[str(index)] = built
+        self._interval = checkpoint_interval
+        if checkpoint_interval:
+            _refuse_running_statistics(self.layers)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules this stage owns, in order, a tied one once: what is sharded or compiled one
+        by one. Functions of the list are not among them."""
+        return list(self.layers.values())
 
     def forward(
         self,
@@ -124,18 +150,24 @@ class LayerListStage(nn.Module):
         the layer before it cut from autograd.
         """
         value: Any = inputs["inputs"] if hidden_states is None else hidden_states
-        *body, last = self._calls
-        for call in body:
-            value = call(value)
         if not self.is_last:
-            value = last(value)
+            value = self._run(self._calls, value)
             self._check(value)
             return StageOutput(value, None, None)
-        features = value
+        *body, last = self._calls
+        features = self._run(body, value)
         logits = last(features.detach() if detach_features else features)
         labels = inputs.get("labels")
         loss = None if labels is None or self._loss_fn is None else self._loss_fn(logits, labels)
         return StageOutput(features, loss, logits)
+
+    def _run(self, calls: Sequence[Callable[[Any], Any]], value: Any) -> Any:
+        recompute = self._interval > 0 and self.training and torch.is_grad_enabled()
+        step = self._interval if recompute else max(1, len(calls))
+        for at in range(0, len(calls), step):
+            part = functools.partial(_chain, calls[at : at + step])
+            value = checkpoint(part, value, use_reentrant=False) if recompute else part(value)
+        return value
 
     def _check(self, value: Any) -> None:
         if not torch.is_tensor(value) or not value.is_floating_point():
@@ -144,6 +176,22 @@ class LayerListStage(nn.Module):
                 f"layer {self.end - 1}, the last of its stage, returned a {kind}; one "
                 "floating-point "
                 "tensor can cross a boundary. Cut elsewhere, or keep side values in the batch."
+            )
+
+
+def _chain(calls: Iterable[Callable[[Any], Any]], value: Any) -> Any:
+    for call in calls:
+        value = call(value)
+    return value
+
+
+def _refuse_running_statistics(layers: nn.ModuleDict) -> None:
+    for name, module in layers.named_modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            raise PartitionError(
+                f"activation checkpointing: layer {name} ({type(module).__name__}) keeps running "
+                "statistics, and would count every batch twice. Use activation_checkpoint_interval "
+                "0, or a norm without them (LayerNorm, GroupNorm)."
             )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scpl_ds.errors import PartitionError
-from scpl_ds.partition._hf import one_line, use_cache_off
+from scpl_ds.partition._hf import one_line, use_cache_off, without_reentrant_checkpoints
 from scpl_ds.partition._trace import Anatomy
 
 log = logging.getLogger(__name__)
@@ -228,11 +228,18 @@ class StageModule(nn.Module):
         self.is_first, self.is_last = start == 0, end == anatomy.num_layers
         self.hidden_size = anatomy.hidden_size
         self._relay = relay
-        self._last_layer = f"{anatomy.layers}.{end - 1}"
+        self._layers, self._last_layer = anatomy.layers, f"{anatomy.layers}.{end - 1}"
         self._use_cache_off = use_cache_off(model)
         base = inspect.signature(model.base_model.forward).parameters
         task_only = set(inspect.signature(model.forward).parameters) - set(base)
         self._task_only = frozenset(task_only | {"labels"})
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers this stage owns, in order: what is sharded, compiled or checkpointed one by
+        one. Embeddings and the head are not among them."""
+        layers = self.model.get_submodule(self._layers)
+        return [layers.get_submodule(str(index)) for index in range(self.start, self.end)]
 
     def forward(
         self,
@@ -339,6 +346,8 @@ def _share(model: PreTrainedModel, anatomy: Anatomy, start: int, end: int) -> St
     prune(twin, anatomy, start, end, relay)
     crossing = anatomy.crossing_ties(start, end)
     drop_partners(twin, anatomy, start, end)
+    without_reentrant_checkpoints(twin)
+    twin.disable_input_require_grads()  # made for reentrant checkpoints; here work for nothing
     for target in crossing:
         if anatomy.owns(target, start, end):
             module, _, name = target.rpartition(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,28 @@ from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import CheckpointError
 from scpl_ds.optim import OptimizerState, moment_names
 
+MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""``DeepSpeedSection.precision`` -> torch's name."""
+
 
 class StageBackend(abc.ABC):
     """One stage's module over the data-parallel ranks that share it.
 
     A new backend is one file with a subclass and one line in ``registry.py``. Nothing in it may
     wait for another stage: every collective runs in ``mesh.dp_group``.
+
+    The module comes on the CPU, its tensors perhaps still in a file (mapped, read when touched): a
+    backend puts it on ``device``, and one that shards takes its share without holding the rest.
     """
+
+    optimizer: Any
+    """Torch's optimizer, or what the backend made of it."""
 
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: MakeOptimizer,
         section: DeepSpeedSection,
         mesh: Mesh,
         device: torch.device,
@@ -33,11 +43,21 @@ class StageBackend(abc.ABC):
         """
         Args:
             module: The stage; its forward returns a dict with a scalar ``loss``.
-            optimizer: Over the module's trainable parameters; the backend may wrap it.
+            make_optimizer: Called once, with the named trainable parameters, when they are what
+                is going to be trained.
             section: The recipe's ``deepspeed`` section, with nothing left to fill in.
         """
-        self.module, self.optimizer = module, optimizer
-        self.section, self.mesh, self.device = section, mesh, device
+        del make_optimizer
+        self.module, self.section = module, section
+        self.mesh, self.device = mesh, device
+        self.shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        """Whole shapes of parameters and persistent buffers, before anything was sharded."""
+
+    @staticmethod
+    def weights_dtype(section: DeepSpeedSection) -> torch.dtype:
+        """What a checkpoint should be read as: the type that this backend keeps weights in."""
+        del section
+        return torch.float32
 
     @abc.abstractmethod
     def forward(self, **inputs: Any) -> dict[str, Any]:
@@ -51,9 +71,29 @@ class StageBackend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def step(self, lr: float) -> Tensor | None:
+    def norm(self) -> Tensor:
+        """After the last backward of a step: the norm of this stage's gradients, averaged over the
+        data-parallel ranks, not scaled, not clipped; not finite if the step will be skipped.
+
+        0-dim, equal on all ranks of the stage. At most once a step, and only before ``step``.
+        """
+
+    @abc.abstractmethod
+    def step(self, lr: float, *, clip_to: float | None = None) -> dict[str, Tensor]:
         """After the last backward of a step: average the gradients over the data-parallel ranks,
-        clip, update, forget them; returns the norm before clipping."""
+        clip, update, forget them.
+
+        A step whose gradients overflowed (fp16) is skipped; other stages know nothing of it.
+
+        Args:
+            lr: Learning rate of this step.
+            clip_to: Largest norm of this stage's gradients, in the place of the section's;
+                ``norm`` was called before. 0 is off.
+
+        Returns:
+            0-dim metrics: ``grad_norm`` (before clipping), in fp16 ``loss_scale`` and
+            ``skipped_steps`` (so far).
+        """
 
     @abc.abstractmethod
     def discard(self) -> None:
@@ -79,7 +119,16 @@ class StageBackend(abc.ABC):
         with torch.no_grad():
             for name, target in self.module.state_dict(keep_vars=True).items():
                 if name in tensors:
-                    target.copy_(tensors[name])
+                    self.put(target, tensors[name])
+
+    def put(self, target: Tensor, whole: Tensor) -> None:
+        """Set what this rank has of a parameter or buffer; called without autograd."""
+        target.copy_(whole)
+
+
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The named parameters that a stage trains."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
@@ -88,15 +137,30 @@ def set_lr(optimizer: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def plain_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """The state of an unsharded torch optimizer, by parameter name."""
+def copy_on_cpu(tensor: Tensor) -> Tensor:
+    """A copy of its own on the CPU, without autograd."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def copy_beside(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A copy of a moment where its parameter is."""
+    return whole.to(parameter.device, parameter.dtype, copy=True)
+
+
+def plain_optimizer_state(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    whole: Callable[[Tensor], Tensor] = copy_on_cpu,
+) -> OptimizerState:
+    """The state of a torch optimizer, by parameter name; ``whole`` copies one tensor of it."""
     step, moments = 0, {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if key == "step":
                 step = max(step, int(value))
             elif torch.is_tensor(value):
-                moments.setdefault(key, {})[name] = value.detach().to("cpu", copy=True)
+                moments.setdefault(key, {})[name] = whole(value)
     return OptimizerState(step, moments)
 
 
@@ -122,9 +186,13 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def load_plain_optimizer_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, state: OptimizerState
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: OptimizerState,
+    *,
+    beside: Callable[[Tensor, Tensor], Tensor] = copy_beside,
 ) -> None:
-    """Inverse of ``plain_optimizer_state``."""
+    """Inverse of ``plain_optimizer_state``; ``beside(parameter, whole)`` makes one moment."""
     check_moments(optimizer, state)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in module.named_parameters():
@@ -132,12 +200,11 @@ def load_plain_optimizer_state(
             continue
         if not any(name in by_name for by_name in state.moments.values()):
             continue  # a head that starts afresh: with an old step count it would leap
-        entry: dict[str, Any] = {"step": torch.tensor(float(state.step))}
+        # Fused optimizers want the count where the parameter is, the others on the CPU.
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        count = torch.tensor(float(state.step), device=parameter.device if fused else "cpu")
+        entry: dict[str, Any] = {"step": count}
         for key, by_name in state.moments.items():
             whole = by_name.get(name)
-            entry[key] = (
-                torch.zeros_like(parameter)
-                if whole is None
-                else whole.to(parameter.device, parameter.dtype, copy=True)
-            )
+            entry[key] = torch.zeros_like(parameter) if whole is None else beside(parameter, whole)
         optimizer.state[parameter] = entry

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.comm.torch import TorchBackend
 
 from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.sharding.deepspeed import COLLECTIVES, stage_world
+from scpl_ds.sharding._deepspeed_world import COLLECTIVES, stage_world
 from tests.support import runs
 from tests.support.distributed import distributed
 

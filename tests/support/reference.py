@@ -56,7 +56,9 @@ class PlainLoop:
             [*body.parameters(), *(head.parameters() if head is not None else [])]
             for body, head in zip(self.bodies, self.heads, strict=True)
         ]
-        self.optimizers = [torch.optim.AdamW(p, lr=1.0, weight_decay=0.0) for p in self.parameters]
+        self.optimizers = [
+            torch.optim.AdamW(p, lr=1.0, weight_decay=0.0, fused=True) for p in self.parameters
+        ]
         for module in (*self.bodies, *(head for head in self.heads if head is not None)):
             module.train()
 

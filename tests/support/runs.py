@@ -21,12 +21,12 @@ from tests.support.reference import Batch, PlainLoop
 LAYERS, CLASSES, MICRO_BATCH, SEED = 4, 3, 6, 11
 
 
-def model(*, layers: int = LAYERS) -> PreTrainedModel:
-    """BERT with dropout 0.1 everywhere; the same weights at every call."""
+def model(*, layers: int = LAYERS, dropout: float = 0.1) -> PreTrainedModel:
+    """BERT with dropout everywhere; the same weights at every call."""
     config = BertConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=48, max_position_embeddings=64, num_labels=CLASSES,
-        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     return build(config, "sequence-classification")
 
@@ -53,7 +53,7 @@ def lane(stream: Iterator[Batch], dp_rank: int, dp_size: int) -> Iterator[Batch]
 
 def config(stages: int, *, accumulation: int = 1, **options: Any) -> dict[str, Any]:
     """A ds_config with an ``scpl`` block. Options: ``sharding``, ``zero``, ``detach``, ``clip``,
-    ``eps``, ``pipeline_ranks``."""
+    ``eps``, ``objective`` (options of supcon), ``pipeline_ranks``."""
     return {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": accumulation,
@@ -70,7 +70,7 @@ def config(stages: int, *, accumulation: int = 1, **options: Any) -> dict[str, A
         "scpl": {
             "stages": stages,
             "partition": "uniform",
-            "objective": {"name": "supcon", "projection": "mlp"},
+            "objective": {"name": "supcon", "projection": "mlp", **options.pop("objective", {})},
             "head": {"detach_features": options.pop("detach", False)},
             "timeout_s": 25,
             **{"sharding": "none", **options},
@@ -79,12 +79,14 @@ def config(stages: int, *, accumulation: int = 1, **options: Any) -> dict[str, A
 
 
 def engine(stages: int, **options: Any) -> scpl_ds.Engine:
-    return scpl_ds.initialize(model=model(), config=config(stages, **options), seed=SEED).engine
+    whole = model(dropout=options.pop("dropout", 0.1))
+    return scpl_ds.initialize(model=whole, config=config(stages, **options), seed=SEED).engine
 
 
 def plain_loop(like: scpl_ds.Engine, *, accumulation: int = 1, **options: Any) -> PlainLoop:
     """The plain loop over the cut and the starting weights of an engine's configuration."""
-    whole = model()
+    whole = model(dropout=options.pop("dropout", 0.1))
+    objective = options.pop("objective", {})
     anatomy = analyze(whole)
     detach = options.pop("detach", False)
     bodies, heads = [], []
@@ -95,7 +97,7 @@ def plain_loop(like: scpl_ds.Engine, *, accumulation: int = 1, **options: Any) -
         if end < anatomy.num_layers or detach is not False:
             torch.manual_seed((SEED * 1_000_003 + end) % 2**63)
             head = SupCon(
-                SupCon.Options(projection="mlp"),
+                SupCon.Options(projection="mlp", **objective),
                 hidden_size=anatomy.hidden_size,
                 num_labels=CLASSES,
             )

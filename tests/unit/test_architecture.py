@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "trainer",
         "evaluation",
         "setup",
+        "memory",
         "build",
         "engine",
         "stage export run_folder",
@@ -50,7 +51,9 @@ OWNERS: dict[str, frozenset[str]] = {
         {"distributed", "sharding", "baselines", "checkpoint"}
     ),
     "transformers": frozenset({"partition", "data", "checkpoint", "export"}),
-    "deepspeed": frozenset({"sharding/deepspeed.py", "baselines"}),
+    "deepspeed": frozenset(
+        {"sharding/deepspeed.py", "sharding/_deepspeed_world.py", "baselines"}
+    ),
     "wandb": frozenset({"trackers/wandb.py"}),
 }
 ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed"})

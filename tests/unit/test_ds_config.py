@@ -126,28 +126,45 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"stage": 1}, "optimizer": {"type": "adagrad"}},
         "deepspeed.optimizer.type: Adagrad does not work with ZeRO",
     ),
-    ({"zero_optimization": {"stage": 2}}, "ZeRO stage 2 is planned; use stage 0 or 1"),
-    ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3 is planned; use stage 0 or 1"),
     (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-        "zero_optimization.offload_optimizer: offloading is planned",
+        "zero_optimization.offload_optimizer: needs zero_optimization.stage: 1 or more",
     ),
-    ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload: offloading is planned"),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "zero_optimization.offload_param: needs zero_optimization.stage: 3 and",
+    ),
+    ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload: is not supported; use offload_"),
     ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "ZeRO++ is planned"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "ZeRO++ is planned"),
-    ({"bf16": {"enabled": True}}, "deepspeed.bf16: mixed precision is planned"),
-    ({"fp16": {"enabled": True}}, "deepspeed.fp16: mixed precision is planned"),
-    ({"torch_autocast": {"enabled": True}}, "deepspeed.torch_autocast: mixed precision is planned"),
+    ({"bf16": {"enabled": True}}, "bf16: DeepSpeed 0.19.8 without ZeRO accumulates gradients in b"),
+    ({"fp16": {"enabled": True}}, "fp16: DeepSpeed 0.19.8 without ZeRO never scales the loss"),
+    (
+        {
+            "bf16": {"enabled": True},
+            "fp16": {"enabled": True},
+            "zero_optimization": {"stage": 1},
+        },
+        "deepspeed.fp16: and bf16 are both enabled; keep one",
+    ),
+    (
+        {
+            "bf16": {"enabled": True},
+            "torch_autocast": {"enabled": True},
+            "zero_optimization": {"stage": 1},
+        },
+        "torch_autocast: and bf16 are two kinds of mixed precision; keep one",
+    ),
     ({"pipeline": {"stages": 2}}, "deepspeed.pipeline: is for DeepSpeed's own PipelineEngine; set"),
     ({"wandb": {"enabled": True}}, "one monitor per stage; use trackers: [{name: wandb}]"),
     ({"comet": {"enabled": True}}, "deepspeed.comet: would start one monitor per stage; remove it"),
     ({"autotuning": {"enabled": True}}, "deepspeed.autotuning: does not work with stages"),
     ({"tensor_parallel": {"autotp_size": 2}}, "deepspeed.tensor_parallel: does not work with"),
     ({"sequence_parallel_size": 2}, "sequence_parallel_size: 2 is not supported; use 1"),
-    ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype: 'bf16' is not supported"),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype: bf16 needs bf16 or fp16"),
     (
         {"activation_checkpointing": {"cpu_checkpointing": True}},
-        "activation_checkpointing: is plan",
+        "activation_checkpointing: is for models that call DeepSpeed",
     ),
 ]
 
@@ -197,7 +214,7 @@ def test_an_ordinary_config_file_is_taken_as_it_is(config: dict[str, Any]):
     assert resolved["train_batch_size"] == 8
     assert "'auto'" not in str(resolved)
     theirs = importlib.import_module("deepspeed.runtime.config").DeepSpeedConfig
-    assert theirs(section(**config).engine_config(1)).train_batch_size == 4
+    assert theirs(section(**config).engine_config(1, parameters=9)).train_batch_size == 4
     assert "max_grad_norm" not in resolved["optimizer"]["params"]
 
 
@@ -344,9 +361,67 @@ def test_resolving_writes_clipping_and_sizes_out_and_leaves_the_section_alone():
 def test_what_deepspeed_is_given_has_no_optimizer_or_scheduler_of_its_own():
     config = section(
         optimizer={"type": "SGD", "params": {"lr": 0.1}}, scheduler={"type": "WarmupLR"}
-    ).engine_config(1)
+    ).engine_config(1, parameters=9)
     assert not {"optimizer", "scheduler"} & set(config)
     assert config["zero_allow_untested_optimizer"] is True
+
+
+def test_buckets_are_no_larger_than_the_stage_unless_somebody_wrote_so():
+    def bucket(stage: int, **zero: Any) -> Any:
+        config = section(zero_optimization={"stage": stage, **zero})
+        return config.engine_config(1, parameters=1000)["zero_optimization"]["reduce_bucket_size"]
+
+    assert [bucket(stage) for stage in (1, 2, 3)] == [1000] * 3
+    assert bucket(2, reduce_bucket_size=5_000) == 5_000
+
+
+def test_half_precision_accumulates_gradients_in_fp32_unless_somebody_wrote_otherwise():
+    def accumulates(**more: Any) -> Any:
+        config = section(zero_optimization={"stage": 2}, bf16={"enabled": True}, **more)
+        return config.engine_config(1, parameters=9)["data_types"]["grad_accum_dtype"]
+
+    assert accumulates() == "fp32"
+    assert accumulates(data_types={"grad_accum_dtype": "bf16"}) == "bf16"
+
+
+HALF = {"enabled": True}
+REFUSED_BY: list[tuple[str, dict[str, Any], str]] = [
+    ("none", {"zero_optimization": {"stage": 2}}, "'none' keeps everything on every rank"),
+    ("ddp", {"zero_optimization": {"stage": 1}}, "'ddp' keeps everything on every rank"),
+    ("fsdp", {}, "is 0, but scpl.sharding 'fsdp' shards"),
+    ("fsdp", {"zero_optimization": {"stage": 1}}, "is 1, but scpl.sharding 'fsdp' shards"),
+    (
+        "fsdp",
+        {"zero_optimization": {"stage": 3, "overlap_comm": True}},
+        "zero_optimization.overlap_comm: has no effect with scpl.sharding: fsdp",
+    ),
+    (
+        "fsdp",
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+        "FSDP2 offloads parameters, gradients and optimizer state together",
+    ),
+    (
+        "fsdp",
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        "FSDP2 offloads parameters, gradients and optimizer state together",
+    ),
+    ("ddp", {"fp16": {"enabled": True, "loss_scale": 128}}, "torch's GradScaler, which has no"),
+    ("none", {"wall_clock_breakdown": True}, "has no effect with scpl.sharding: none"),
+    ("ddp", {"wall_clock_breakdown": True}, "has no effect with scpl.sharding: ddp"),
+    (
+        "none",
+        {"bf16": HALF, "data_types": {"grad_accum_dtype": "bf16"}},
+        "scpl.sharding 'none' accumulates in fp32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sharding", "config", "text"), REFUSED_BY, ids=str)
+def test_what_a_backend_cannot_do_is_refused_by_name(
+    sharding: str, config: dict[str, Any], text: str
+):
+    problems = unsupported(DeepSpeedSection(MICRO | config), sharding)
+    assert any(text in f"{p.path}: {p.message}" for p in problems), problems
 
 
 def test_clipping_can_be_switched_off():

@@ -19,7 +19,7 @@ from torch import Tensor
 from scpl_ds.data._base import DataOptions, DataSource, Splits
 from scpl_ds.objectives._base import Objective, ObjectiveOptions, ObjectiveOutput
 from scpl_ds.recipe import recipe_from_mapping
-from scpl_ds.schedules import Action, Backward, Forward, Load, stream
+from scpl_ds.schedules import Action, Backward, Forward, Load, Step, stream
 from scpl_ds.sharding.none import NoneBackend
 from scpl_ds.trackers._base import Tracker
 from scpl_ds.trainer import fit
@@ -87,19 +87,25 @@ class ToOneFile(Tracker):
 class HalfRate(NoneBackend):
     """Plain torch at half the learning rate."""
 
-    def step(self, lr: float) -> Tensor | None:
-        return super().step(lr / 2)
+    def step(self, lr: float, *, clip_to: float | None = None) -> dict[str, Tensor]:
+        return super().step(lr / 2, clip_to=clip_to)
 
 
 def later_stages_first(
-    local_stages: Sequence[int], num_stages: int, num_micro_batches: int
+    local_stages: Sequence[int],
+    num_stages: int,
+    num_micro_batches: int,
+    *,
+    step_in_backward: bool = True,
 ) -> Iterator[Action]:
     """All forwards of a micro-batch, then its backwards from the last stage to the first."""
+    del step_in_backward
     assert len(local_stages) == num_stages, "made for one process"
     for n in range(num_micro_batches):
         yield Load(n)
         yield from (Forward(k, n) for k in local_stages)
         yield from (Backward(k, n) for k in reversed(local_stages))
+    yield from (Step(k) for k in local_stages)
 
 
 def recipe(folder: Path, **scpl: Any) -> dict[str, Any]:

@@ -120,7 +120,9 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(config, task: str, messag
 
 
 def test_an_attention_that_the_model_lacks_is_refused() -> None:
-    with pytest.raises(PartitionError, match="cannot be built with attn_implementation=nonsense"):
+    with pytest.raises(
+        PartitionError, match="attn_implementation: 'nonsense' cannot be used with 'bert'"
+    ):
         anatomy_of(BertConfig(), "sequence-classification", attn_implementation="nonsense")
 
 

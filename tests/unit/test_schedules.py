@@ -16,6 +16,7 @@ from scpl_ds.schedules import (
     Receive,
     Schedule,
     Send,
+    Step,
     bubble_fraction,
     length,
     one_f_one_b,
@@ -99,12 +100,29 @@ def test_stream_under_backprop_would_still_end_but_one_micro_batch_at_a_time():
 
 def test_a_rank_with_two_stages_frees_one_before_it_begins_the_other():
     assert list(stream([0, 1], 3, 1)) == [
-        Load(0), Forward(0, 0), Backward(0, 0), Forward(1, 0), Send(0), Backward(1, 0),
+        Load(0), Forward(0, 0), Backward(0, 0), Step(0),
+        Forward(1, 0), Send(0), Backward(1, 0), Step(1),
+    ]  # fmt: skip
+
+
+def test_all_micro_batches_go_through_a_stage_and_its_step_before_the_next_one_begins():
+    assert list(stream([1, 2], 4, 2)) == [
+        Receive(0), Forward(1, 0), Backward(1, 0), Receive(1), Forward(1, 1), Backward(1, 1),
+        Step(1),
+        Forward(2, 0), Send(0), Backward(2, 0), Forward(2, 1), Send(1), Backward(2, 1),
+        Step(2),
+    ]  # fmt: skip
+
+
+def test_without_step_in_backward_a_micro_batch_goes_through_all_stages_first():
+    assert list(stream([0, 1], 2, 2, step_in_backward=False)) == [
+        Load(0), Forward(0, 0), Backward(0, 0), Forward(1, 0), Backward(1, 0),
+        Load(1), Forward(0, 1), Backward(0, 1), Step(0), Forward(1, 1), Backward(1, 1), Step(1),
     ]  # fmt: skip
 
 
 def test_the_last_rank_receives_and_sends_nothing_on():
-    assert list(stream([2], 3, 1)) == [Receive(0), Forward(2, 0), Backward(2, 0)]
+    assert list(stream([2], 3, 1)) == [Receive(0), Forward(2, 0), Backward(2, 0), Step(2)]
 
 
 def test_the_output_leaves_before_the_backward_begins():
@@ -120,7 +138,7 @@ def backward_first(local: Sequence[int], stages: int, count: int) -> Iterator[Ac
 
 
 def forgets_one(local: Sequence[int], stages: int, count: int) -> Iterator[Action]:
-    yield from list(stream(local, stages, count))[:-1]
+    yield from list(stream(local, stages, count))[:-2]
 
 
 def twice(local: Sequence[int], stages: int, count: int) -> Iterator[Action]:

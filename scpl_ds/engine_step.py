@@ -1,0 +1,109 @@
+"""One optimizer step of one rank: a schedule's actions, carried out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+
+from scpl_ds.batch import MicroBatch
+from scpl_ds.distributed.collectives import barrier, sum_over_stages
+from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.distributed.p2p import BoundaryChannel, Expected
+from scpl_ds.ds_config import DeepSpeedSection
+from scpl_ds.errors import ScheduleError
+from scpl_ds.schedules import Backward, Forward, Load, Receive, Schedule, Send, Step
+from scpl_ds.stage import Stage
+
+Sync = Literal["none", "step"]
+ClipScope = Literal["stage", "global"]
+
+
+class StepWalk:
+    """Walks the schedule of this rank's stages, one optimizer step a call.
+
+    Args:
+        sync: ``step``: no rank begins the next step before all have ended this one.
+        clip_scope: ``global``: gradients are clipped by the norm over all stages, for which every
+            stage waits for the last.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        num_stages: int,
+        mesh: Mesh,
+        channel: BoundaryChannel,
+        section: DeepSpeedSection,
+        *,
+        schedule: Schedule,
+        sync: Sync,
+        clip_scope: ClipScope,
+    ) -> None:
+        self._stages = {stage.index: stage for stage in stages}
+        self._num_stages, self._mesh, self._channel = num_stages, mesh, channel
+        self._section, self._schedule = section, schedule
+        self._sync, self._clip_scope = sync, clip_scope
+        # Micro-batch -> how far it has come on this rank.
+        self._batches: dict[int, MicroBatch] = {}
+
+    def run(self, step: int, lr: float, load: Callable[[int], MicroBatch]) -> None:
+        """Step number ``step`` at learning rate ``lr``; ``load`` gives a micro-batch of the data.
+
+        Raises:
+            EndOfData: There is no further micro-batch; the step is to be discarded.
+            ScheduleError: The schedule leaves a stage without its step, or steps it twice.
+        """
+        micro_batches = self._section.gradient_accumulation_steps
+        stepped: list[int] = []
+        batches = self._batches
+        for action in self._schedule(list(self._stages), self._num_stages, micro_batches):
+            match action:
+                case Load(n):
+                    batches[n] = load(n)
+                case Receive(n):
+                    batches[n] = self._channel.receive(Expected("train", step, n))
+                case Forward(k, n):
+                    batches[n] = self._stages[k].forward(batches[n])
+                case Send(n):
+                    self._channel.send(batches[n], "train")
+                case Backward(k, n):
+                    if k == max(self._stages):
+                        del batches[n]  # sent, or nobody's: freed before the backward
+                    self._stages[k].backward(last=n == micro_batches - 1)
+                case Step(k):
+                    stepped.append(k)
+                    if self._clip_scope == "stage":
+                        self._stages[k].step(lr)
+        if sorted(stepped) != sorted(self._stages):
+            raise ScheduleError(
+                f"the schedule stepped the stages {stepped}, but this rank has "
+                f"{list(self._stages)}: it must yield Step(k) once for each, after the last "
+                "Backward(k, n)."
+            )
+        if self._clip_scope == "global":
+            self._step_together(lr)
+        if self._sync == "step":
+            self._channel.drain()
+            barrier(self._mesh)
+
+    def discard(self) -> None:
+        """Forget the micro-batches of a step that will not be finished."""
+        self._batches.clear()
+        for stage in self._stages.values():
+            stage.discard_step()
+
+    def _step_together(self, lr: float) -> None:
+        """Clip the gradients of all stages by their common norm, as backprop would."""
+        stages = list(self._stages.values())
+        norms = [float(stage.backend.norm()) for stage in stages]
+        # A stage that overflowed (fp16) skips its step; the others go on without it.
+        squares = sum(norm**2 for norm in norms if math.isfinite(norm))
+        total = math.sqrt(sum_over_stages(self._mesh, squares))
+        factor = self._section.gradient_clipping / (total + 1e-6)  # as torch's clip_grad_norm_
+        for stage, norm in zip(stages, norms, strict=True):
+            clips = factor < 1 and math.isfinite(norm)
+            stage.step(lr, clip_to=norm * factor if clips else 0.0)
+            stage.metrics["global_grad_norm"] = torch.tensor(total)

@@ -1,0 +1,73 @@
+"""Stages without weights: tensors that have a shape, a type and no values, for counting bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from scpl_ds.partition._hf import accepts, model_class, no_init_weights, quiet_transformers
+from scpl_ds.partition._trace import Anatomy
+from scpl_ds.partition.prepare import recompute_activations
+from scpl_ds.partition.stage_module import StageModule, _share
+
+MakeStage = Callable[[int, int], StageModule]
+"""(first layer, one past the last) -> that stage."""
+
+
+@contextlib.contextmanager
+def weightless_stages(
+    config: PretrainedConfig,
+    task: str,
+    anatomy: Anatomy,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> Iterator[MakeStage]:
+    """Inside the block every tensor is fake, and the function given makes stages of the model.
+
+    A stage runs forward and backward like a real one, without arithmetic and without memory.
+    FlashAttention cannot run without a GPU; ``sdpa``, which keeps as much, stands in for it.
+
+    Raises:
+        PartitionError: ``gradient_checkpointing`` is not supported by the model.
+    """
+    config = copy.deepcopy(config)
+    kwargs = {}
+    if attn_implementation is not None:
+        eager = attn_implementation == "eager"
+        kwargs["attn_implementation"] = "eager" if eager else "sdpa"
+
+    def stage(start: int, end: int) -> StageModule:
+        made = _share(model, anatomy, start, end)
+        return recompute_activations(made) if gradient_checkpointing else made
+
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet_transformers():
+        with no_init_weights():
+            model = model_class(config, task)._from_config(config, dtype=dtype, **kwargs)
+        yield stage
+
+
+def example_inputs(
+    config: PretrainedConfig, task: str, *, micro_batch: int, sequence_length: int
+) -> dict[str, Tensor]:
+    """A micro-batch as the collator gives it, all positions real."""
+    shape = (micro_batch, sequence_length)
+    inputs = {"input_ids": torch.ones(shape, dtype=torch.long)}
+    if accepts(model_class(config, task).forward, "attention_mask"):
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)
+    whole = task == "causal-lm"
+    inputs["labels"] = torch.zeros(shape if whole else shape[:1], dtype=torch.long)
+    return inputs
+
+
+def longest_sequence(config: PretrainedConfig, asked: int) -> int:
+    """``asked`` positions, or as many as the model has."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(asked, positions) if isinstance(positions, int) and positions > 0 else asked

@@ -1,0 +1,72 @@
+"""What of a recipe determines the trained numbers, as one hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from scpl_ds.ds_keys import FILLS
+
+_NOT_IN_FINGERPRINT = {
+    "scpl": (
+        "pipeline_ranks",
+        "schedule",
+        "max_in_flight",
+        "timeout_s",
+        "step_in_backward",
+        "sync",
+    ),
+    "deepspeed": [
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "disable_python_gc",
+        "log_level",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "comms_logger",
+        "flops_profiler",
+        "timers",
+        "checkpoint",
+    ],
+    "train": [
+        "output_dir",
+        "run_name",
+        "logging_steps",
+        "eval_strategy",
+        "eval_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+        "gradient_checkpointing",
+        "disable_tqdm",
+        "export",
+        "export_dir",
+        "per_device_eval_batch_size",
+    ],
+}
+
+
+def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> str:
+    """sha256 over a recipe as plain data.
+
+    Args:
+        recipe: ``Recipe.to_mapping()``.
+        deepspeed: Its ``deepspeed`` section with every ``"auto"`` and ``train`` value filled in.
+    """
+    parts = {name: value for name, value in recipe.items() if name != "trackers"}
+    parts["deepspeed"] = dict(deepspeed)
+    for section, keys in _NOT_IN_FINGERPRINT.items():
+        parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
+    for fill in FILLS.values():
+        for key in fill.train_keys:  # already in parts["deepspeed"]
+            parts["train"].pop(key, None)
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,150 @@
+"""``sharding: fsdp``: torch's FSDP2. Every rank of a stage holds a share of its parameters,
+gradients and optimizer state."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from scpl_ds.errors import RecipeError
+from scpl_ds.optim import OptimizerState
+from scpl_ds.sharding._base import DTYPES
+from scpl_ds.sharding._torch import TorchBackend
+
+
+class FsdpBackend(TorchBackend):
+    """Each layer of the stage is one FSDP unit; embeddings, heads and objective are another.
+
+    Gradients are scattered on every micro-batch, so that no rank ever holds more than its share.
+    ``zero_optimization.stage`` 3 frees whole parameters after the forward, 2 after the backward.
+
+    ``bf16`` and ``fp16`` compute everything in half precision (weights, gradients and optimizer
+    state stay fp32, as does the averaging); ``torch_autocast`` computes products only.
+
+    A parameter that took no part in a step has a gradient of zeros here, as in DeepSpeed's ZeRO,
+    also where no rank used it: weight decay and momentum go on.
+    """
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        section = self.section
+        blocks = [block for block in _blocks(module) if next(block.parameters(), None) is not None]
+        half = None if section.precision == "fp32" else DTYPES[section.precision]
+        offload = OffloadPolicy()
+        if section.offload("param"):
+            offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        devices = DeviceMesh.from_group(self.mesh.dp_group, self.device.type)
+        for part in (*blocks, module):
+            policy = MixedPrecisionPolicy(
+                param_dtype=half,
+                reduce_dtype=torch.float32 if half else None,
+                # The stage's own inputs hold labels, which must stay as they are.
+                cast_forward_inputs=part is not module or not blocks,
+            )
+            try:
+                unit = fully_shard(
+                    part,
+                    mesh=devices,
+                    reshard_after_forward=section.zero_stage == 3,
+                    mp_policy=policy,
+                    offload_policy=offload,
+                )
+            except (ValueError, NotImplementedError, AssertionError) as error:
+                raise RecipeError(
+                    f"FSDP2 cannot shard {type(part).__name__}: {error} Change the model, or use "
+                    "scpl.sharding: deepspeed, ddp or none."
+                ) from error
+            unit.set_force_sum_reduction_for_comms(True)  # gloo cannot average
+        assert isinstance(module, FSDPModule)
+        module.set_reduce_scatter_unused_params(True)  # or ranks that used others wait for ever
+        self._half, self._under_way = half, False
+        return module
+
+    def average(self) -> None:
+        """Done, micro-batch by micro-batch."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return super().autocast() if self.section.autocast else contextlib.nullcontext()
+
+    def forward(self, **inputs: Any) -> dict[str, Any]:
+        hidden = inputs.get("hidden_states")
+        if hidden is not None and self._half is not None:
+            inputs["hidden_states"] = hidden.to(self._half)
+        self._under_way = True
+        return super().forward(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        super().backward(loss, last=last)
+        self._under_way = False
+
+    def discard(self) -> None:
+        self._reshard()
+        super().discard()
+
+    def _reshard(self) -> None:
+        """Back to shards after a forward that no backward followed (an error, or evaluation)."""
+        if self._under_way:
+            assert isinstance(self.module, FSDPModule)
+            self.module.reset_iter_state()
+            self._under_way = False
+
+    def total_norm(self) -> Tensor:
+        shares = [_local(gradient) for gradient in self.gradients()]
+        square = torch.nn.utils.get_total_norm(shares).double().square().to(self.device)
+        dist.all_reduce(square, group=self.mesh.dp_group)
+        return square.sqrt().float()
+
+    # -- state, whole ----------------------------------------------------------------------
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        self._reshard()
+        return super().parameters_by_name()
+
+    def optimizer_state(self) -> OptimizerState:
+        self._reshard()
+        return super().optimizer_state()
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        self._reshard()
+        super().load_optimizer_state(state)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            on_device: Any = tensor.detach().to(self.device)  # offloaded ones are on the CPU
+            tensor = on_device.full_tensor()
+        return super().whole(tensor)
+
+    def beside(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        moment = torch.zeros_like(parameter)
+        self.put(moment, whole)
+        return moment
+
+    def put(self, target: Tensor, whole: Tensor) -> None:
+        if isinstance(target, DTensor):
+            # FSDP2 cuts the first dimension as torch.chunk does: the last shares may be smaller.
+            share, rows = _local(target), whole.shape[0]
+            first = min(rows, -(-rows // self.mesh.dp_size) * self.mesh.dp_rank)
+            target, whole = share, whole.narrow(0, first, share.shape[0])
+        super().put(target, whole)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The layers of a stage; a module that has no such list is one unit."""
+    return getattr(getattr(module, "body", None), "blocks", [])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    with torch.no_grad():  # or it is a copy's view that autograd would follow
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
