@@ -273,6 +273,8 @@ def build_engine(
             return make_optimizer([parameter for _, parameter in trainable])
         return build_optimizer(trainable, section)
 
+    backend.start(mesh)
+
     def stage(k: int) -> Stage:
         own = section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])
         body = make_body(k)
@@ -336,8 +338,10 @@ def _constant_or_scheduled(section: DeepSpeedSection) -> Callable[[int], float]:
     return lambda step: section.lr * factor(step)
 
 
-def _refuse_half(module: Any, weights: torch.dtype) -> None:
+def _refuse_half(module: Any, weights: torch.dtype | None) -> None:
     """Refuse weights in half precision where the run keeps them in fp32."""
+    if weights is None:
+        return
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.element_size() < weights.itemsize:
             raise RecipeError(

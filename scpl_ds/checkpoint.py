@@ -79,11 +79,10 @@ class Writer:
             for name, tensor in by_name.items()
         }
         _write(self._partial / f"stage-{index}.safetensors", tensors, {})
-        _write(
-            self._partial / f"stage-{index}.optimizer.safetensors",
-            moments,
-            {"step": str(optimizer.step)},
-        )
+        facts = {"step": str(optimizer.step)}
+        if optimizer.loss_scale is not None:
+            facts["loss_scale"] = str(optimizer.loss_scale)
+        _write(self._partial / f"stage-{index}.optimizer.safetensors", moments, facts)
 
     def finish(
         self,
@@ -225,11 +224,18 @@ class Reader:
         for key, tensor in _read(self.folder, places).items():
             moment, _, name = key.partition("/")
             moments.setdefault(moment, {})[name] = tensor
-        return OptimizerState(max((self._steps(f) for f in files), default=0), moments)
+        facts = [self._facts(file) for file in files]
+        scales = [float(fact["loss_scale"]) for fact in facts if "loss_scale" in fact]
+        # Of several stages the smallest: the one that none of them overflowed with.
+        return OptimizerState(
+            max((int(fact.get("step", 0)) for fact in facts), default=0),
+            moments,
+            min(scales, default=None),
+        )
 
-    def _steps(self, file: str) -> int:
+    def _facts(self, file: str) -> dict[str, str]:
         with _opened(self.folder / file) as opened:
-            return int((opened.metadata() or {}).get("step", 0))
+            return opened.metadata() or {}
 
 
 def resolve(folder: Path, tag: str | None = None) -> Path:

@@ -28,6 +28,8 @@ class OptimizerState:
     """Optimizer steps taken, for Adam's bias correction."""
     moments: dict[str, dict[str, Tensor]]
     """``{"exp_avg": {parameter name: tensor of the parameter's shape}, ...}``; fp32, on the CPU."""
+    loss_scale: float | None = None
+    """fp16's, as far as it has come; not how many steps it is from its next doubling."""
 
 
 LrSchedule = Callable[[int], float]

@@ -90,7 +90,9 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
     set_cpu_threads(env)
     device = pick_device(env)
     init_world(env, device, timeout_s=recipe.scpl.timeout_s)
-    return Mesh(pipeline_ranks, dp_size, device, timeout_s=recipe.scpl.timeout_s), device
+    mesh = Mesh(pipeline_ranks, dp_size, device, timeout_s=recipe.scpl.timeout_s)
+    registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding").start(mesh)
+    return mesh, device
 
 
 def together(mesh: Mesh, work: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import struct
@@ -255,9 +256,8 @@ def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str
 
 
 def _rename_state(state: OptimizerState, names: Mapping[str, str]) -> OptimizerState:
-    return OptimizerState(
-        state.step, {key: _rename(by_name, names) for key, by_name in state.moments.items()}
-    )
+    moments = {key: _rename(by_name, names) for key, by_name in state.moments.items()}
+    return dataclasses.replace(state, moments=moments)
 
 
 def build_stage(

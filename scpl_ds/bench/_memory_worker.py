@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scpl_ds import registry
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.world import shut_down
 from scpl_ds.engine import Engine
@@ -19,7 +20,6 @@ from scpl_ds.memory import Workload, predict
 from scpl_ds.meter import MemoryWatch, give_back_freed_memory
 from scpl_ds.recipe import Recipe, load_recipe
 from scpl_ds.setup import Model, cut_model, make_engine, start_world
-from scpl_ds.sharding._deepspeed_world import stage_world
 
 
 def main(recipe_file: str, out: str, steps: int) -> None:
@@ -66,8 +66,7 @@ def main(recipe_file: str, out: str, steps: int) -> None:
 
 def _warm_up(recipe: Recipe, mesh: Mesh, device: torch.device) -> None:
     """Load what libraries load on first use, so that it is not counted as the run's."""
-    if recipe.scpl.sharding == "deepspeed":
-        stage_world(mesh)
+    registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding").start(mesh)
     layer = torch.nn.Linear(64, 64, device=device)
     layer(torch.randn(64, 64, device=device)).sum().backward()
     torch.optim.AdamW(layer.parameters(), fused=True).step()

@@ -104,6 +104,20 @@ def sum_over_stages(mesh: Mesh, value: float) -> float:
     return float(box) / mesh.dp_size
 
 
+def broadcast_module(module: torch.nn.Module, mesh: Mesh) -> None:
+    """Make parameters and buffers those of the stage's first data-parallel rank, in place: ranks
+    whose scripts drew other weights would train other models without a word.
+
+    Raises:
+        BoundaryError: A rank of the stage is gone or late.
+    """
+    if mesh.dp_size == 1:
+        return
+    with lost_rank_is_named(mesh, "agree on the starting weights"):
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=mesh.stage_ranks[0], group=mesh.dp_group)
+
+
 MESSAGE_ELEMENTS = 8 * 2**20
 """Gradients of one message: enough to hide its latency, little beside a stage."""
 

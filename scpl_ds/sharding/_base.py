@@ -53,9 +53,15 @@ class StageBackend(abc.ABC):
         self.shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         """Whole shapes of parameters and persistent buffers, before anything was sharded."""
 
+    @classmethod
+    def start(cls, mesh: Mesh) -> None:
+        """Load what the backend needs in this process, before any stage is made."""
+        del mesh  # most need nothing
+
     @staticmethod
-    def weights_dtype(section: DeepSpeedSection) -> torch.dtype:
-        """What a checkpoint should be read as: the type that this backend keeps weights in."""
+    def weights_dtype(section: DeepSpeedSection) -> torch.dtype | None:
+        """What a checkpoint should be read as: the type that this backend keeps weights in. None:
+        as it is, because the backend makes it that type itself, piece by piece."""
         del section
         return torch.float32
 

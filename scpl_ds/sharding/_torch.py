@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 from typing import Any
 
 import torch
@@ -134,7 +135,11 @@ class TorchBackend(StageBackend):
         return {name: self.whole(tensor) for name, tensor in self.module.state_dict().items()}
 
     def optimizer_state(self) -> OptimizerState:
-        return plain_optimizer_state(self.module, self.optimizer, whole=self.whole)
+        state = plain_optimizer_state(self.module, self.optimizer, whole=self.whole)
+        scale = self._scaler.get_scale() if self._scaler.is_enabled() else None
+        return dataclasses.replace(state, loss_scale=scale)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         load_plain_optimizer_state(self.module, self.optimizer, state, beside=self.beside)
+        if self._scaler.is_enabled() and state.loss_scale is not None:
+            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": state.loss_scale})

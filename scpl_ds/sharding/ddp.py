@@ -3,6 +3,7 @@ gradients are averaged while the backward runs."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from scpl_ds.errors import RecipeError
 from scpl_ds.sharding._base import trainable
 from scpl_ds.sharding._torch import TorchBackend
+
+# Renamed in torch 2.13. No other backend makes the ranks' buffers equal in every forward either.
+_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
+}
 
 
 class DdpBackend(TorchBackend):
@@ -30,7 +37,7 @@ class DdpBackend(TorchBackend):
         parallel = DistributedDataParallel(
             module,
             process_group=self.mesh.dp_group,
-            forward_sync_buffers=False,
+            **_NO_BUFFER_SYNC,
             gradient_as_bucket_view=True,
         )
         parallel.register_comm_hook(self.mesh.dp_group, self._average_bucket)

@@ -48,7 +48,7 @@ class DeepSpeedBackend(StageBackend):
         device: torch.device,
     ) -> None:
         super().__init__(module, make_optimizer, section, mesh, device)
-        stage_world(mesh)
+        self.start(mesh)
         import deepspeed
 
         self._zero_stage = section.zero_stage
@@ -80,10 +80,16 @@ class DeepSpeedBackend(StageBackend):
         self.optimizer = self.engine.optimizer
         self._skipped = 0
 
+    @classmethod
+    def start(cls, mesh: Mesh) -> None:
+        """Import DeepSpeed (seconds) and give it this rank's stage as its world."""
+        stage_world(mesh)
+
     @staticmethod
-    def weights_dtype(section: DeepSpeedSection) -> torch.dtype:
-        """DeepSpeed keeps bf16 or fp16 weights and makes its fp32 copies of them."""
-        return DTYPES[section.precision]
+    def weights_dtype(section: DeepSpeedSection) -> torch.dtype | None:
+        """DeepSpeed keeps bf16 or fp16 weights and makes its fp32 copies of them; with ZeRO-3 they
+        become that type a parameter at a time."""
+        return None if section.zero_stage == 3 else DTYPES[section.precision]
 
     def _take_share(self, config: dict[str, Any]) -> None:
         """ZeRO-3's shards, made one parameter at a time: no more than one is ever whole here."""
@@ -242,7 +248,8 @@ class DeepSpeedBackend(StageBackend):
                 whole = safe_get_full_optimizer_state(parameter, key)
                 assert whole is not None, f"DeepSpeed has no {key} for {name}"
                 moments[key][name] = whole.detach().to("cpu", copy=True).view(self.shapes[name])
-        return OptimizerState(step, moments)
+        fp16 = self.section.precision == "fp16"
+        return OptimizerState(step, moments, float(self.optimizer.loss_scale) if fp16 else None)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         zero = self.optimizer
@@ -257,6 +264,8 @@ class DeepSpeedBackend(StageBackend):
             step = torch.tensor(float(state.step), device=flat.device)
             zero.optimizer.state[flat] = {"step": step, **entry}
         _link_states(zero)
+        if self.section.precision == "fp16" and state.loss_scale is not None:
+            zero.loss_scaler.cur_scale = state.loss_scale
         for name, parameter in trainable(self.module):
             for key, by_name in state.moments.items():
                 if name in by_name:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import RecipeError
 from scpl_ds.optim import OptimizerState
 from scpl_ds.sharding._base import DTYPES
@@ -38,6 +39,10 @@ class FsdpBackend(TorchBackend):
     also where no rank used it: weight decay and momentum go on.
     """
 
+    @staticmethod
+    def weights_dtype(section: DeepSpeedSection) -> None:
+        """As in the file: made fp32 a layer at a time."""
+
     def wrap(self, module: nn.Module) -> nn.Module:
         section = self.section
         blocks = [block for block in _blocks(module) if next(block.parameters(), None) is not None]
@@ -47,6 +52,7 @@ class FsdpBackend(TorchBackend):
             offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         devices = DeviceMesh.from_group(self.mesh.dp_group, self.device.type)
         for part in (*blocks, module):
+            part.float()  # a half-precision checkpoint, a layer at a time: the weights are fp32
             policy = MixedPrecisionPolicy(
                 param_dtype=half,
                 reduce_dtype=torch.float32 if half else None,
@@ -97,7 +103,12 @@ class FsdpBackend(TorchBackend):
         """Back to shards after a forward that no backward followed (an error, or evaluation)."""
         if self._under_way:
             assert isinstance(self.module, FSDPModule)
-            self.module.reset_iter_state()
+            if hasattr(self.module, "reset_iter_state"):
+                self.module.reset_iter_state()
+            else:  # before torch 2.13
+                for unit in self.module.modules():
+                    if isinstance(unit, FSDPModule):
+                        unit.reshard()
             self._under_way = False
 
     def total_norm(self) -> Tensor:

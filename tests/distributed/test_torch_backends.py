@@ -141,7 +141,8 @@ def test_an_overflow_skips_the_step_of_its_stage_on_all_its_ranks_only(backend: 
         seen = bumpy.metrics()
         assert seen["stage1/skipped_steps"] == (now >= step)
         assert seen["stage1/loss_scale"] == (512 if now >= step else 1024)
-        assert seen["stage1/grad_norm"].isfinite() == (now != step)
+        # About 0.7 once it is divided by the scale; NaN where it overflowed.
+        assert (float(seen["stage1/grad_norm"]) < 10) == (now != step)
         assert seen["stage0/skipped_steps"] == 0
     runs.assert_equal(bumpy.stages[0].parameters_by_name(), smooth.stages[0].parameters_by_name())
 
@@ -163,7 +164,9 @@ def test_a_run_with_evaluation_a_lost_step_and_a_resume_is_the_same_to_the_bit(
     stage = first.stages[0]  # an error between a forward and its backward
     stage.backend.forward(inputs=next(runs.batches()), hidden_states=None)
     stage.discard_step()
+    kept = moments(first)
     first.eval_batch(runs.batches())
+    runs.assert_equal(kept, moments(first))
     first.save_checkpoint(tmp_path)
     second = start(backend, accumulation=2)
     second.eval_batch(runs.batches())  # whole weights of before must not stay

@@ -172,6 +172,25 @@ def test_an_fp16_overflow_skips_its_own_stages_step_and_no_other(zero: str) -> N
     assert engine.lr_at(engine.global_steps) == calm.lr_at(calm.global_steps)
 
 
+@pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
+@distributed(2)
+def test_a_resumed_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path, zero: str | None) -> None:
+    with fp16_on_this_cpu():
+        first = build(zero, pipeline_ranks=2, more=FP16 if zero else {"fp16": {"enabled": True}})
+        overflow_once(first, stage=1, step=1, dp_rank=0)
+        train(first, 3)
+        first.save_checkpoint(tmp_path)
+        wanted = train(first, 2, skip=6)
+        second = build(zero, pipeline_ranks=2, more=FP16 if zero else {"fp16": {"enabled": True}})
+        second.load_checkpoint(tmp_path)
+        found = train(second, 2, skip=6)
+    k = second.stages[0].index
+    scale = float(second.metrics()[f"stage{k}/loss_scale"])
+    full = 256.0 if zero else 65536.0
+    assert scale == (full, full / 2)[k]
+    runs.assert_equal(found, wanted)
+
+
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
 @distributed(2)
 def test_fp16_stays_within_its_rounding_of_fp32(zero: str) -> None:

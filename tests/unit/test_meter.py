@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scpl_ds.meter import Meter, peak_memory_gib
+from scpl_ds.meter import MemoryWatch, Meter, peak_memory_gib
 
 
 class Clock:
@@ -91,3 +91,11 @@ def test_peak_memory_on_cuda_is_the_allocators():
     block = torch.ones(2**28, device=device)
     assert peak_memory_gib(device) == pytest.approx(torch.cuda.max_memory_allocated(device) / 2**30)
     assert peak_memory_gib(device) >= block.numel() * 4 / 2**30
+
+
+def test_a_memory_watch_counts_from_its_own_beginning():
+    watch = MemoryWatch(torch.device("cpu"))
+    block = torch.ones(32 * 2**20)  # 128 MiB, written to
+    watch.restart()
+    assert 0.9 * block.nbytes < watch.peak() < 1.3 * block.nbytes
+    assert 0.9 * block.nbytes < watch.now() <= watch.peak() + 2**20
