@@ -216,7 +216,8 @@ def initialize(
     lr_at = lr_scheduler or _constant_or_scheduled(section)
     if isinstance(pipeline.layers, PreTrainedModel):
         backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
-        _refuse_half(pipeline.layers, backend.weights_dtype(section))
+        for k in range(scpl.stages):
+            _refuse_half(pipeline.layers, backend.weights_dtype(stage_section(section, scpl, k)))
     env = RankEnv.current()
     set_cpu_threads(env)
     device = pick_device(env)
@@ -276,7 +277,7 @@ def build_engine(
     backend.start(mesh)
 
     def stage(k: int) -> Stage:
-        own = section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])
+        own = stage_section(section, scpl, k)
         body = make_body(k)
         _refuse_half(body, backend.weights_dtype(own))
         return build_stage(
@@ -306,6 +307,11 @@ def build_engine(
         sync=scpl.sync,
         clip_scope=scpl.clip_scope,
     )
+
+
+def stage_section(section: DeepSpeedSection, scpl: ScplSection, k: int) -> DeepSpeedSection:
+    """The section of stage ``k``, which may have a ZeRO stage of its own."""
+    return section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])
 
 
 def _make_objective(kind: Any, options: Any, num_labels: int | None, hidden: int | None) -> Any:

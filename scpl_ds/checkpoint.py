@@ -214,12 +214,13 @@ class Reader:
     def optimizer_state(self, names: Iterable[str]) -> OptimizerState:
         """Step count and moments of those parameters; parameters without any are left out."""
         wanted, where = set(names), self.manifest["moments"]
-        places, files = {}, set()
+        places = {}
+        parts = {f for name, f in self.manifest["tensors"].items() if name in wanted}
+        files = [part.replace(".safetensors", ".optimizer.safetensors") for part in sorted(parts)]
         for key, file in where.items():
             name = key.partition("/")[2]
             if name in wanted:
                 places[key] = (file, key)
-                files.add(file)
         moments: dict[str, dict[str, Tensor]] = {}
         for key, tensor in _read(self.folder, places).items():
             moment, _, name = key.partition("/")

@@ -230,7 +230,7 @@ class DeepSpeedSection:
         block = self.filled.get("torch_autocast") or {}
         if not block.get("enabled"):
             return None
-        return "fp16" if str(block.get("dtype")) in ("fp16", "float16", "half") else "bf16"
+        return "fp16" if str(block.get("dtype")) in ("fp16", "float16") else "bf16"
 
     @property
     def loss_scaling(self) -> LossScaling:

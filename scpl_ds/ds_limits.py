@@ -48,6 +48,9 @@ _ENGINE_ONLY = (
     ("wall_clock_breakdown", "", False),
     ("memory_breakdown", "", False),
     ("dump_state", "", False),
+    ("disable_allgather", "", False),
+    ("timers", "", None),
+    ("aio", "", None),
 )
 """What DeepSpeed's own engine does: path, the key below it that switches it on, its default."""
 
@@ -55,13 +58,24 @@ _ENGINE_ONLY = (
 TORCH_BACKENDS = ("none", "ddp", "fsdp")
 _DEEPSPEED_SCALER = {
     "loss_scale": 0,
-    "hysteresis": 2,
+    "hysteresis": 1,
     "consecutive_hysteresis": False,
-    "min_loss_scale": 1,
+    "min_loss_scale": None,
     "auto_cast": False,
     "fp16_master_weights_and_grads": False,
 }
-"""What torch's gradient scaler cannot be told, and DeepSpeed's defaults."""
+"""What torch's gradient scaler cannot be told, and what it does."""
+
+_DEEPSPEED_DTYPES = (
+    "bf16.immediate_grad_update",
+    "bf16.check_grad_overflow",
+    "bf16.bf16_master_weights_and_grads",
+    "bf16.bf16_optimizer_states",
+    "data_types.param_dtype",
+    "data_types.buffer_dtype",
+    "data_types.keep_in_fp32_modules",
+)
+AUTOCAST_DTYPES = ("bfloat16", "float16", "bf16", "fp16")
 
 Refuse = Callable[[str, str], None]
 
@@ -161,6 +175,11 @@ def _sharding_limits(section: DeepSpeedSection, sharding: str, refuse: Refuse) -
         for key, value in zero.items():
             if key != "stage" and not key.startswith("offload_") and value is not None:
                 refuse(f"zero_optimization.{key}", "has no effect with scpl.sharding: fsdp")
+        for what in ("param", "optimizer"):
+            for key, value in (zero.get(f"offload_{what}") or {}).items():
+                if key not in ("device", "pin_memory") and value is not None:
+                    path = f"zero_optimization.offload_{what}.{key}"
+                    refuse(path, "has no effect with scpl.sharding: fsdp")
         if set(offloads.values()) not in ({None}, {"cpu"}):
             refuse(
                 "zero_optimization",
@@ -196,7 +215,17 @@ def _precision_limits(section: DeepSpeedSection, sharding: str, refuse: Refuse) 
         refuse("fp16", "and bf16 are both enabled; keep one")
     if precision == "fp32" and accumulate not in (None, "fp32"):
         refuse("data_types.grad_accum_dtype", f"{accumulate} needs bf16 or fp16")
+    written = lookup(config, "torch_autocast.dtype")
+    if section.autocast and str(written or "bfloat16") not in AUTOCAST_DTYPES:
+        known = ", ".join(AUTOCAST_DTYPES)
+        refuse("torch_autocast.dtype", f"must be one of {known}, got {show(written)}")
     if sharding == "deepspeed":
+        if section.autocast == "fp16":
+            refuse(
+                "torch_autocast.dtype",
+                "DeepSpeed 0.19.8 clips gradients by a norm that still has the loss scale in it; "
+                "use bfloat16, fp16: {enabled: true}, or scpl.sharding: ddp or fsdp",
+            )
         if precision != "fp32" and section.zero_stage == 0:
             why = (
                 "never scales the loss (but divides the gradients)"
@@ -222,6 +251,9 @@ def _precision_limits(section: DeepSpeedSection, sharding: str, refuse: Refuse) 
             "torch_autocast.lower_precision_safe_modules",
             f"has no effect with scpl.sharding: {sharding}; remove it",
         )
+    for path in _DEEPSPEED_DTYPES:
+        if lookup(config, path) not in (None, False):
+            refuse(path, f"has no effect with scpl.sharding: {sharding}; remove it")
     if precision == "fp16":
         for key, idle in _DEEPSPEED_SCALER.items():
             value = lookup(config, f"fp16.{key}")

@@ -267,7 +267,8 @@ class Engine:
     ) -> Iterator[Evaluated]:
         """Stream ``num_micro_batches`` through the stages without training; one result for each.
 
-        Data-parallel ranks may ask for different numbers: their lanes do not meet.
+        Data-parallel ranks must ask for equally many: backends that gather parameters in forward
+        (ZeRO-3, FSDP2) would wait for the missing one.
         """
         call, self._eval_calls = self._eval_calls, self._eval_calls + 1
         self._channel.reset("eval")

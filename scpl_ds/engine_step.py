@@ -99,11 +99,11 @@ class StepWalk:
         """Clip the gradients of all stages by their common norm, as backprop would."""
         stages = list(self._stages.values())
         norms = [float(stage.backend.norm()) for stage in stages]
-        # A stage that overflowed (fp16) skips its step; the others go on without it.
+        # A stage whose gradients are not finite is left out: in fp16 it skips its step.
         squares = sum(norm**2 for norm in norms if math.isfinite(norm))
         total = math.sqrt(sum_over_stages(self._mesh, squares))
         factor = self._section.gradient_clipping / (total + 1e-6)  # as torch's clip_grad_norm_
         for stage, norm in zip(stages, norms, strict=True):
             clips = factor < 1 and math.isfinite(norm)
-            stage.step(lr, clip_to=norm * factor if clips else 0.0)
+            stage.step(lr, clip_to=(norm + 1e-6) * factor if clips else 0.0)
             stage.metrics["global_grad_norm"] = torch.tensor(total)

@@ -65,8 +65,9 @@ def evaluate(engine: Engine, loader: BatchLoader, *, logits: list[Tensor] | None
     """
     own = Score()
     batches = iter(loader) if engine.is_first_stage() else None
-    for output in engine.evaluate(batches, loader.num_micro_batches_per_epoch):
-        _count(own, output, logits)
+    for n, output in enumerate(engine.evaluate(batches, loader.num_micro_batches_per_epoch)):
+        if n < loader.num_scored:
+            _count(own, output, logits)
     whole = Score()
     for part in gather_objects(engine.mesh, own):
         whole.correct += part.correct

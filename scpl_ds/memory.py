@@ -145,7 +145,9 @@ class Prediction:
             layouts.append(footprint(w.scpl.sharding, size, self._setting(section, dp_size)))
         groups = stages_of_rank(w.plan.num_stages, pipeline_ranks)
         return [
-            self._rank(p, list(stages), sizes, layouts, hidden, last=p == pipeline_ranks - 1)
+            self._rank(
+                p, list(stages), sizes, layouts, hidden, dp_size, last=p == pipeline_ranks - 1
+            )
             for p, stages in enumerate(groups)
         ]
 
@@ -243,6 +245,7 @@ class Prediction:
         sizes: list[StageSize],
         layouts: list[Layout],
         hidden: int,
+        dp_size: int,
         *,
         last: bool,
     ) -> RankMemory:
@@ -251,7 +254,7 @@ class Prediction:
         host = sum(layout.host for layout in own)
         resident = sum(x.parameters + x.optimizer + x.buffers for x in own)
         resident += host if on_cpu else 0
-        boundary = hidden * self._waiting(len(stages), first=rank == 0, last=last)
+        boundary = hidden * self._waiting(len(stages), dp_size, first=rank == 0, last=last)
         working = max(layout.working for layout in own)
         if self._together and len(own) > 1:
             others = sum(layout.gradients for layout in own) - max(x.gradients for x in own)
@@ -282,13 +285,13 @@ class Prediction:
         scpl = self.workload.scpl
         return scpl.clip_scope == "global" or not scpl.step_in_backward
 
-    def _waiting(self, local_stages: int, *, first: bool, last: bool) -> int:
+    def _waiting(self, local_stages: int, dp_size: int, *, first: bool, last: bool) -> int:
         """Micro-batches whose hidden states wait: a stage's input, messages not taken yet, what one
         stage of this rank made for the next."""
         w = self.workload
         waiting = 0 if first and local_stages == 1 else 1
         if local_stages > 1 and w.scpl.step_in_backward:
-            waiting = max(waiting, w.section.batch(1).accumulation)
+            waiting = max(waiting, w.section.batch(dp_size).accumulation)
         sent = 0 if last else w.scpl.max_in_flight
         return waiting + sent
 

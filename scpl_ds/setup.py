@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from scpl_ds import registry
-from scpl_ds.build import build_engine, plan_stages
+from scpl_ds.build import build_engine, plan_stages, stage_section
 from scpl_ds.data._base import DataOptions, check_labels
 from scpl_ds.data._columns import ColumnOptions
 from scpl_ds.data.demo import resolve_model_path
@@ -252,7 +252,7 @@ def make_engine(
             model.anatomy,
             *model.plan.span(k),
             config=model.config,
-            dtype=backend.weights_dtype(section),
+            dtype=backend.weights_dtype(stage_section(section, recipe.scpl, k)),
             seed=seed,
             **extra,
         )

@@ -117,11 +117,15 @@ class BatchLoader:
     def num_micro_batches_per_epoch(self) -> int:
         """Micro-batches this rank gets in one pass.
 
-        Equal on all ranks in training. In evaluation equal too, but for shards too small to share
-        out evenly (``micro_batch_size`` 1, or fewer samples than ranks): there one rank may have
-        one more.
+        Equal on all ranks. In evaluation a rank that is short of one repeats its last; the first
+        ``num_scored`` are not repeated.
         """
         return self._usable // self.block if self.drop_last else len(self._eval_chunks())
+
+    @property
+    def num_scored(self) -> int:
+        """Micro-batches of an evaluation that hold samples of this rank, each sample once."""
+        return len(self._eval_chunks(padded=False))
 
     @property
     def position(self) -> dict[str, int]:
@@ -189,7 +193,7 @@ class BatchLoader:
             consumed += self.block
             yield epoch, consumed, order[start : start + self.micro_batch_size].tolist()
 
-    def _eval_chunks(self) -> list[list[int]]:
+    def _eval_chunks(self, *, padded: bool = True) -> list[list[int]]:
         """This rank's shard in chunks of at most one micro-batch, as many as on the other ranks."""
         size = self.micro_batch_size
         bounds = [self.num_samples * rank // self.dp_size for rank in range(self.dp_size + 1)]
@@ -201,7 +205,8 @@ class BatchLoader:
         if chunks and len(chunks) < most and len(chunks[-1]) > 1:
             last = chunks.pop()
             chunks += [last[: len(last) // 2], last[len(last) // 2 :]]
-        return chunks
+        missing = most - len(chunks) if padded else 0
+        return chunks + [chunks[-1] if chunks else [0]] * missing
 
     def _load(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
         if self.num_workers == 0:

@@ -65,7 +65,8 @@ class MetricsMailbox:
 
 def barrier(mesh: Mesh) -> None:
     """Wait until every rank is here. Only outside the training loop: it flushes the pipeline."""
-    dist.barrier(group=mesh.control_group)
+    with lost_rank_is_named(mesh, "wait for the other ranks"):
+        dist.barrier(group=mesh.control_group)
 
 
 def broadcast_object(mesh: Mesh, value: Any, *, source: int = 0) -> Any:
@@ -104,9 +105,9 @@ def sum_over_stages(mesh: Mesh, value: float) -> float:
     return float(box) / mesh.dp_size
 
 
-def broadcast_module(module: torch.nn.Module, mesh: Mesh) -> None:
-    """Make parameters and buffers those of the stage's first data-parallel rank, in place: ranks
-    whose scripts drew other weights would train other models without a word.
+def broadcast(tensors: Iterable[Tensor], mesh: Mesh) -> None:
+    """Make tensors those of the stage's first data-parallel rank, in place: ranks whose scripts
+    drew other weights would train other models without a word.
 
     Raises:
         BoundaryError: A rank of the stage is gone or late.
@@ -114,8 +115,8 @@ def broadcast_module(module: torch.nn.Module, mesh: Mesh) -> None:
     if mesh.dp_size == 1:
         return
     with lost_rank_is_named(mesh, "agree on the starting weights"):
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=mesh.stage_ranks[0], group=mesh.dp_group)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=mesh.stage_ranks[0], group=mesh.dp_group)
 
 
 MESSAGE_ELEMENTS = 8 * 2**20

@@ -39,10 +39,12 @@ class FeatureQueue(nn.Module):
     def push(self, features: Tensor, labels: Tensor) -> None:
         """Add rows [B, D] with labels [B]; the oldest make room. Rows of -100 do not enter.
 
-        Needs no synchronisation with the device.
+        Nor do rows that are not finite, as an overflow in half precision makes them: each would
+        spoil the loss of every later row. Needs no synchronisation with the device.
         """
         if self._before is None:
             self._before = (self.features, self.labels)
+        labels = labels.masked_fill(~features.isfinite().all(dim=1), IGNORED_LABEL)
         rows = unit_rows(features, labels).to(self.features.dtype)
         everything = torch.cat([self.features, rows])
         classes = torch.cat([self.labels, labels])

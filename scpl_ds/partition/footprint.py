@@ -11,7 +11,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
-from scpl_ds.partition._hf import accepts, model_class, no_init_weights, quiet_transformers
+from scpl_ds.errors import PartitionError
+from scpl_ds.partition._hf import (
+    accepts,
+    model_class,
+    no_init_weights,
+    one_line,
+    quiet_transformers,
+)
 from scpl_ds.partition._trace import Anatomy
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import StageModule, _share
@@ -33,24 +40,33 @@ def weightless_stages(
     """Inside the block every tensor is fake, and the function given makes stages of the model.
 
     A stage runs forward and backward like a real one, without arithmetic and without memory.
-    FlashAttention cannot run without a GPU; ``sdpa``, which keeps as much, stands in for it.
+    FlashAttention cannot run without a GPU; ``sdpa``, which keeps as much, stands in for it, or
+    ``eager``, which keeps more, in a model that has no other.
 
     Raises:
-        PartitionError: ``gradient_checkpointing`` is not supported by the model.
+        PartitionError: The model cannot be made without weights, or does not support
+            ``gradient_checkpointing``.
     """
-    config = copy.deepcopy(config)
+    config, cls = copy.deepcopy(config), model_class(config, task)
     kwargs = {}
     if attn_implementation is not None:
-        eager = attn_implementation == "eager"
-        kwargs["attn_implementation"] = "eager" if eager else "sdpa"
+        fused = attn_implementation != "eager" and cls._supports_sdpa
+        kwargs["attn_implementation"] = "sdpa" if fused else "eager"
 
     def stage(start: int, end: int) -> StageModule:
         made = _share(model, anatomy, start, end)
         return recompute_activations(made) if gradient_checkpointing else made
 
     with FakeTensorMode(allow_non_fake_inputs=True), quiet_transformers():
-        with no_init_weights():
-            model = model_class(config, task)._from_config(config, dtype=dtype, **kwargs)
+        try:
+            with no_init_weights():
+                model = cls._from_config(config, dtype=dtype, **kwargs)
+        except Exception as error:
+            raise PartitionError(
+                f"'{config.model_type}' cannot be made without its weights "
+                f"({type(error).__name__}: {one_line(error)}), so that its memory cannot be "
+                "predicted. Training may still work."
+            ) from error
         yield stage
 
 

@@ -201,6 +201,7 @@ def load_plain_optimizer_state(
     """Inverse of ``plain_optimizer_state``; ``beside(parameter, whole)`` makes one moment."""
     check_moments(optimizer, state)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.clear()
     for name, parameter in module.named_parameters():
         if id(parameter) not in trained:
             continue

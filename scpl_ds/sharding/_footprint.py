@@ -110,7 +110,9 @@ def ddp(size: StageSize, setting: Setting) -> Layout:
         return alone
     one = size.itemsize * size.largest  # made, then copied into its message
     return alone._replace(
-        buffers=alone.gradients, working=size.most(lambda gradients: min(gradients, one))
+        buffers=alone.gradients,
+        gradients=0,  # views of the messages
+        working=size.most(lambda gradients: min(gradients, one)),
     )
 
 
@@ -152,14 +154,19 @@ def deepspeed(size: StageSize, setting: Setting) -> Layout:
 def _zero_1_and_2(size: StageSize, setting: Setting) -> Layout:
     section, share = setting.section, _share(size.trained, setting)
     width = size.itemsize
-    gradients = width * size.trained
-    bucket = width * _option(section, "reduce_bucket_size", size.trained)
     kept = share * _accumulated_in(size, section)  # this rank's part, averaged
+    # One flat fp32 tensor, there from the first bucket on; else pieces, made into one in the step.
+    flat = width < FP32 and _accumulated_in(size, section) == FP32
+    reduced = FP32 if flat and section.zero_stage == 1 else width
+    gradients = reduced * size.trained
+    bucket = reduced * _option(section, "reduce_bucket_size", size.trained)
     masters = (1 + setting.moments) * FP32 * share
-    early = kept if setting.accumulates or bucket < gradients else 0
+    early = kept if flat or setting.accumulates or bucket < gradients else 0
     if section.zero_stage == 1:
         reducing = max(gradients + bucket + early, gradients + kept)
-        backward = _with_whole_gradients(size, setting)
+        backward = gradients + size.activations
+        if not setting.accumulates:
+            backward = size.most(lambda made: made * reduced // width)
     else:  # a full bucket is copied, averaged, and this rank's part taken out of it
         reducing = 2 * bucket + early
         backward = size.most(
@@ -169,8 +176,8 @@ def _zero_1_and_2(size: StageSize, setting: Setting) -> Layout:
         doubled = 2 if lookup(section.filled, "zero_optimization.overlap_comm") else 1
         backward = max(backward, size.most(lambda made: (made > 0) * doubled * bucket))
         backward += bucket if section.zero_stage == 1 else 0
-    step = kept + FP32 * share * (1 + setting.scratch)
-    gather = _gathering(size.itemsize * size.trained, setting)
+    step = kept + FP32 * share * (setting.scratch + (not flat))
+    gather = _gathering(width * size.trained, setting)
     host = 0
     if _offloads(setting, "optimizer"):
         # masters, their gradients, a copy in the weights' type, the largest parameter's gradient

@@ -72,6 +72,9 @@ class DdpBackend(TorchBackend):
         self._done, self._averaged = 0, False
         return metrics
 
+    def close(self) -> None:
+        self.wrapped = None  # it and its hook, which is ours, hold each other
+
     def discard(self) -> None:
         super().discard()
         self._done, self._averaged = 0, False

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,8 +59,11 @@ class DeepSpeedBackend(StageBackend):
         )
         # DeepSpeed takes LOCAL_RANK for the number of the GPU: not so where ranks share one, or see
         # only their own. And it compares groups with the launcher's WORLD_SIZE.
-        os.environ["LOCAL_RANK"] = str(device.index or 0)
-        ranks = environment(WORLD_SIZE=str(mesh.dp_size), RANK=str(mesh.dp_rank))
+        ranks = environment(
+            WORLD_SIZE=str(mesh.dp_size),
+            RANK=str(mesh.dp_rank),
+            LOCAL_RANK=str(device.index or 0),
+        )
         # It prints its memory use, and stdout is the user's.
         with ranks, contextlib.redirect_stdout(io.StringIO()):
             try:
@@ -153,11 +155,12 @@ class DeepSpeedBackend(StageBackend):
         if norm is None:
             norm = self.engine.get_global_grad_norm()
         metrics = {"grad_norm": torch.as_tensor(norm, dtype=torch.float32)}
+        if getattr(self.optimizer, "overflow", False):  # ZeRO skips such steps in fp32 too
+            self._skipped += 1
+            self.discard()  # with offloading DeepSpeed 0.19.8 keeps the infinite sums
         if self.section.precision == "fp16":
-            if self.optimizer.overflow:
-                self._skipped += 1
-                self.discard()  # with offloading DeepSpeed 0.19.8 keeps the infinite sums
             metrics["loss_scale"] = torch.tensor(float(self.optimizer.loss_scale))
+        if self._skipped or self.section.precision == "fp16":
             metrics["skipped_steps"] = torch.tensor(float(self._skipped))
         return metrics
 
@@ -166,12 +169,22 @@ class DeepSpeedBackend(StageBackend):
         if self._zero_stage:
             zero = self.optimizer
             zero.zero_grad()
-            averaged = getattr(zero, "averaged_gradients", {})
-            for group in averaged:  # in place: parameters hold on to this dict
-                averaged[group] = None
+            for name in ("averaged_gradients", "all_grad_tensors"):
+                kept = getattr(zero, name, {})
+                for group in kept:  # in place: parameters hold on to this dict
+                    kept[group] = None
+            if self._zero_stage < 3 and hasattr(zero, "micro_step_id"):
+                zero.micro_step_id = -1  # what it is before the first backward of a step
 
     def close(self) -> None:
+        zero = self.optimizer
         self.engine.destroy()  # its hooks keep it, and all it holds, alive for ever
+        if self._zero_stage == 3:  # and module globals keep the rest
+            zero.optimizer.state.clear()
+            parameters: list[Any] = list(self.module.parameters())
+            shares = [parameter.ds_tensor for parameter in parameters]
+            for tensor in (*_flat_masters(zero), *shares):
+                tensor.data = tensor.data.new_empty(0)
 
     # -- state -----------------------------------------------------------------------------
 
@@ -235,10 +248,11 @@ class DeepSpeedBackend(StageBackend):
             return plain_optimizer_state(self.module, self.optimizer)
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        scale = float(self.optimizer.loss_scale) if self.section.precision == "fp16" else None
         shards = self.optimizer.optimizer.state
         entries = [entry for entry in shards.values() if entry]
         if not entries:
-            return OptimizerState(0, {})
+            return OptimizerState(0, {}, scale)
         _link_states(self.optimizer)
         step = max(int(entry.get("step", 0)) for entry in entries)
         keys = [k for k, v in entries[0].items() if torch.is_tensor(v) and v.dim() > 0]
@@ -248,8 +262,7 @@ class DeepSpeedBackend(StageBackend):
                 whole = safe_get_full_optimizer_state(parameter, key)
                 assert whole is not None, f"DeepSpeed has no {key} for {name}"
                 moments[key][name] = whole.detach().to("cpu", copy=True).view(self.shapes[name])
-        fp16 = self.section.precision == "fp16"
-        return OptimizerState(step, moments, float(self.optimizer.loss_scale) if fp16 else None)
+        return OptimizerState(step, moments, scale)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         zero = self.optimizer
@@ -257,6 +270,9 @@ class DeepSpeedBackend(StageBackend):
             load_plain_optimizer_state(self.module, zero, state)
             return
         check_moments(zero.optimizer, state)
+        if self.section.precision == "fp16" and state.loss_scale is not None:
+            zero.loss_scaler.cur_scale = state.loss_scale
+        zero.optimizer.state.clear()
         if not state.moments:
             return
         for flat in _flat_masters(zero):
@@ -264,8 +280,6 @@ class DeepSpeedBackend(StageBackend):
             step = torch.tensor(float(state.step), device=flat.device)
             zero.optimizer.state[flat] = {"step": step, **entry}
         _link_states(zero)
-        if self.section.precision == "fp16" and state.loss_scale is not None:
-            zero.loss_scaler.cur_scale = state.loss_scale
         for name, parameter in trainable(self.module):
             for key, by_name in state.moments.items():
                 if name in by_name:

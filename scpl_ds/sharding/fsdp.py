@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from scpl_ds.distributed.collectives import broadcast
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import RecipeError
 from scpl_ds.optim import OptimizerState
@@ -52,7 +53,7 @@ class FsdpBackend(TorchBackend):
             offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         devices = DeviceMesh.from_group(self.mesh.dp_group, self.device.type)
         for part in (*blocks, module):
-            part.float()  # a half-precision checkpoint, a layer at a time: the weights are fp32
+            self._make_private(part)
             policy = MixedPrecisionPolicy(
                 param_dtype=half,
                 reduce_dtype=torch.float32 if half else None,
@@ -77,6 +78,14 @@ class FsdpBackend(TorchBackend):
         module.set_reduce_scatter_unused_params(True)  # or ranks that used others wait for ever
         self._half, self._under_way = half, False
         return module
+
+    def _make_private(self, part: nn.Module) -> None:
+        """Take a layer out of its file, as fp32, and make it that of the stage's first rank; its
+        shards are cut next, so that one layer at a time is whole."""
+        own = [p for p in part.parameters() if not isinstance(p, DTensor)]
+        for parameter in own:
+            parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
+        broadcast([*own, *(buffer.to(self.device) for buffer in part.buffers())], self.mesh)
 
     def average(self) -> None:
         """Done, micro-batch by micro-batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from scpl_ds.distributed.collectives import average_gradients, broadcast_module
+from scpl_ds.distributed.collectives import average_gradients, broadcast
 from scpl_ds.sharding._base import trainable
 from scpl_ds.sharding._torch import TorchBackend
 
@@ -16,7 +16,7 @@ class NoneBackend(TorchBackend):
     """
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        broadcast_module(module.to(self.device), self.mesh)
+        broadcast(module.to(self.device).state_dict().values(), self.mesh)
         return module
 
     def average(self) -> None:

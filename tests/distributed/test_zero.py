@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,28 +98,39 @@ def test_a_zero_3_rank_holds_its_share_of_the_stage_and_nothing_else() -> None:
     assert whole / 2 <= shares < whole / 2 + 100  # padding of sizes that do not divide
 
 
+def off_course(
+    found: dict[str, torch.Tensor],
+    wanted: dict[str, torch.Tensor],
+    start: dict[str, torch.Tensor],
+) -> float:
+    """How far the weights are from the wanted ones, relative to how far they came."""
+    apart = sum(float((found[n] - t).double().square().sum()) for n, t in wanted.items())
+    moved = sum(float((t - start[n]).double().square().sum()) for n, t in wanted.items())
+    return (apart / moved) ** 0.5
+
+
+HALVES: dict[str, tuple[dict[str, Any], float]] = {
+    "bf16": (BF16, 0.15),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 0.08),
+    "fp16": (FP16, 0.05),
+}
+"""Precision -> how far off course ten steps may lead; an untrained model is 1.0 off."""
+
+
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero3-offload"])
+@pytest.mark.parametrize("half", HALVES)
 @distributed(2)
-def test_bf16_stays_within_its_rounding_of_fp32(zero: str) -> None:
-    """10 steps at a learning rate of 2e-3: 1e-2 of absolute difference is what a hand-written
-    bf16 loop with fp32 masters shows on this model."""
-    wanted = train(build(None, pipeline_ranks=1), 10)
-    engine = build(zero, pipeline_ranks=1, more=BF16)
-    found = train(engine, 10)
-    runs.assert_equal(found, wanted, rtol=0, atol=1e-2)
+def test_half_precision_stays_within_its_rounding_of_fp32(half: str, zero: str) -> None:
+    more, limit = HALVES[half]
+    plain = build(None, pipeline_ranks=1)
+    start = runs.weights_of_engine(plain)
+    wanted = train(plain, 10)
+    with fp16_on_this_cpu():
+        found = train(build(zero, pipeline_ranks=1, more=more), 10)
     assert all(tensor.dtype == torch.float32 for n, tensor in found.items() if "weight" in n)
-    moved = max(float((found[n] - t).abs().max()) for n, t in runs.weights_of_engine(
-        build(None, pipeline_ranks=1)).items())  # fmt: skip
-    assert moved > 1e-2, "nothing was trained"
-
-
-@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
-@distributed(2)
-def test_torch_autocast_stays_within_bf16_rounding_of_fp32(zero: str) -> None:
-    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    wanted = train(build(None, pipeline_ranks=1), 5)
-    found = train(build(zero, pipeline_ranks=1, more=autocast), 5)
-    runs.assert_equal(found, wanted, rtol=0, atol=1e-2)
+    error = off_course(found, wanted, start)
+    print(f"OFF {half} {zero} {error:.4f}")
+    assert error < limit
 
 
 @contextlib.contextmanager
@@ -169,7 +182,9 @@ def test_an_fp16_overflow_skips_its_own_stages_step_and_no_other(zero: str) -> N
     else:
         assert engine.stages[0].optimizer_state().step == 3
         assert any(not torch.equal(found[name], wanted[name]) for name in wanted)
-    assert engine.lr_at(engine.global_steps) == calm.lr_at(calm.global_steps)
+    # DeepSpeed's own scheduler would now be one step behind in the stage that skipped.
+    for run in (calm, engine):
+        assert run.stages[0].backend.optimizer.param_groups[0]["lr"] == run.lr_at(3)
 
 
 @pytest.mark.parametrize("zero", [None, "zero2", "zero3"])
@@ -191,15 +206,6 @@ def test_a_resumed_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path, zero: st
     runs.assert_equal(found, wanted)
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
-@distributed(2)
-def test_fp16_stays_within_its_rounding_of_fp32(zero: str) -> None:
-    wanted = train(build(None, pipeline_ranks=1), 5)
-    with fp16_on_this_cpu():
-        found = train(build(zero, pipeline_ranks=1, more=FP16), 5)
-    runs.assert_equal(found, wanted, rtol=0, atol=5e-3)
-
-
 @distributed(1)
 def test_fp16_is_refused_by_name_where_deepspeed_refuses_it() -> None:
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -208,9 +214,44 @@ def test_fp16_is_refused_by_name_where_deepspeed_refuses_it() -> None:
         build("zero1", more=FP16)
 
 
+@distributed(1)
+def test_nvme_without_its_library_is_refused_by_name(tmp_path: Path) -> None:
+    """The keys go to DeepSpeed as they are; here it finds no libaio."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible():
+        pytest.skip("this machine has libaio")
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
+    zero = {"zero_optimization": {"stage": 3, "offload_optimizer": nvme}}
+    config = runs.config(2, sharding="deepspeed") | zero
+    with pytest.raises(RecipeError, match="DeepSpeed cannot set this stage up"):
+        scpl_ds.initialize(model=runs.model(), config=config, seed=runs.SEED)
+
+
+@pytest.mark.parametrize("zero", [None, "zero1", "zero3"])
+@distributed(2)
+def test_all_stages_together_move_by_the_clipped_norm(zero: str | None) -> None:
+    """One step of plain SGD at a learning rate of 1: the update is the clipped gradient itself."""
+    sgd = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
+    engine = build(
+        zero, stages=4, pipeline_ranks=2, clip=0.01, sync="step", clip_scope="global", more=sgd
+    )
+    engine.lr_at = lambda step: 1.0
+    before = runs.weights_of_engine(engine)
+    engine.train_batch(runs.batches())
+    after = runs.weights_of_engine(engine)
+    moved = sum(float((after[n] - t).double().square().sum()) for n, t in before.items())
+    norms = [float(v) for k, v in engine.metrics().items() if k.endswith("/grad_norm")]
+    told: list[Any] = [None, None]
+    dist.all_gather_object(told, (moved, sum(norm**2 for norm in norms)))
+    assert sum(part[0] for part in told) ** 0.5 == pytest.approx(0.01, rel=1e-3)
+    total = float(engine.stages[0].metrics["global_grad_norm"])
+    assert sum(part[1] for part in told) ** 0.5 == pytest.approx(total, rel=1e-5) != 0.01
+
+
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero2-offload"])
 @distributed(4)
-def test_clipping_by_the_norm_of_all_stages_is_backprops_clipping(zero: str) -> None:
+def test_clipping_by_the_norm_of_all_stages_is_plain_torchs(zero: str) -> None:
     options: dict[str, Any] = {"pipeline_ranks": 2, "clip": 0.3}
     together = {"sync": "step", "clip_scope": "global"}
     found = train(build(zero, **options, **together), 5)
@@ -257,24 +298,31 @@ def test_a_zero_checkpoint_loads_into_plain_torch_and_back(tmp_path: Path, zero:
 
 
 @pytest.mark.parametrize("more", [{}, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero2-offload"])
+@pytest.mark.parametrize("zero", [name for name in ZERO if name != "zero3-persistent"])
 @distributed(2)
 def test_data_that_end_in_the_middle_of_a_zero_step_leave_no_trace(
     zero: str, more: dict[str, Any]
 ) -> None:
+    """Accumulation 3; two micro-batches of the second step are lost, then three more steps: the
+    learning rate of the first two is 0."""
+    if zero == "zero0" and more:
+        return  # refused
     weights = []
-    for numbers in ([0, 1, 2], [0, 1]):
-        engine = build(zero, pipeline_ranks=1, more=more)
-        batches = list(itertools.islice(runs.batches(), 6))
+    for numbers in (range(5), range(3)):
+        engine = build(zero, pipeline_ranks=1, more=more, accumulation=3)
+        start = runs.weights_of_engine(engine)
+        batches = list(itertools.islice(runs.batches(), 14))
         epoch = iter([batches[n] for n in numbers])
         engine.train_batch(epoch)
-        if len(numbers) == 3:
+        if len(numbers) == 5:
             with pytest.raises(StopIteration):
                 engine.train_batch(epoch)
-        engine.train_batch(iter(batches[3:]))
+        again = iter(batches[5:])
+        for _ in range(3):
+            engine.train_batch(again)
         weights.append(runs.weights_of_engine(engine))
+        assert any(not torch.equal(weights[-1][name], start[name]) for name in start)
     runs.assert_equal(weights[0], weights[1])
-    assert dist.get_world_size() == 2
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
@@ -293,3 +341,61 @@ def test_frozen_parameters_stay_and_come_back_whole(zero: str) -> None:
     after = train(engine, 4)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) is ("embeddings" in name), name
+
+
+BACKENDS: list[tuple[str, str | None]] = [
+    ("none", None), ("ddp", None), ("fsdp", "zero2"), ("fsdp", "zero3"),
+    *(("deepspeed", zero) for zero in ("zero0", "zero1", "zero2", "zero3")),
+]  # fmt: skip
+
+
+def start_of(sharding: str, zero: str | None, model: Any, **options: Any) -> scpl_ds.Engine:
+    config = runs.config(2, sharding=sharding, pipeline_ranks=1, **options)
+    keys = {"stage"} if sharding == "fsdp" else set(ZERO.get(zero or "", {}))
+    config["zero_optimization"] = {k: v for k, v in ZERO.get(zero or "", {}).items() if k in keys}
+    return scpl_ds.initialize(model=model, config=config, seed=runs.SEED).engine
+
+
+@pytest.mark.parametrize(("sharding", "zero"), BACKENDS)
+@distributed(2)
+def test_ranks_of_a_stage_start_from_the_first_ones_weights(
+    sharding: str, zero: str | None
+) -> None:
+    model = runs.model()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+    found = runs.weights_of_engine(start_of(sharding, zero, model))
+    wanted = runs.weights_of_engine(start_of("none", None, runs.model()))
+    runs.assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("sharding", "zero"), BACKENDS)
+@distributed(2)
+def test_evaluation_between_steps_changes_nothing(sharding: str, zero: str | None) -> None:
+    weights = []
+    for evaluate in (True, False):
+        engine = start_of(sharding, zero, runs.model())
+        data = runs.lane(runs.batches(), engine.mesh.dp_rank, 2)
+        for _ in range(4):
+            engine.train_batch(data)
+            if evaluate:
+                engine.eval_batch(runs.batches(), num_micro_batches=2)
+        weights.append(runs.weights_of_engine(engine))
+    runs.assert_equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize(("sharding", "zero"), BACKENDS)
+@distributed(2)
+def test_a_closed_stage_gives_its_memory_back(sharding: str, zero: str | None) -> None:
+    engine = start_of(sharding, zero, runs.model())
+    engine.train_batch(runs.lane(runs.batches(), engine.mesh.dp_rank, 2))
+    kept = [weakref.ref(p) for s in engine.stages for p in s.module.parameters()]
+    while engine.stages:
+        engine.stages.pop().backend.close()
+    del engine
+    gc.collect()
+    left = [ref() for ref in kept if ref() is not None]
+    held = sum(p.numel() + getattr(p, "ds_tensor", torch.empty(0)).numel() for p in left)
+    assert held == 0
