@@ -216,14 +216,11 @@ class Prediction:
     def _stage(self, body: Any, dtype: torch.dtype) -> LocalStage:
         w, objective = self.workload, None
         if not body.is_last or w.scpl.head.detach_features is not False:
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            try:
-                objective = w.scpl.objective.create(
-                    hidden_size=body.hidden_size, num_labels=w.config.num_labels
-                )
-            finally:
-                torch.set_default_dtype(before)
+            objective = w.scpl.objective.create(
+                hidden_size=body.hidden_size, num_labels=w.config.num_labels
+            )
+            for parameter in objective.parameters():  # buffers keep their type: queues are fp32
+                parameter.data = parameter.data.to(dtype)
         stage = LocalStage(as_body(body), objective, detach_features=w.scpl.head.detach_features)
         return stage.train()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from scpl_ds.build import plan_stages
@@ -13,37 +14,17 @@ from scpl_ds.ds_checks import put
 from scpl_ds.ds_config import DeepSpeedSection, unsupported
 from scpl_ds.errors import ScplError
 from scpl_ds.memory import Prediction, RankMemory, Workload, predict
+from scpl_ds.memory_sizes import show_size
+from scpl_ds.recipe import ScplSection
 
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{i}b": (1024 if i else 1000) ** power
-    for power, letter in enumerate("kmgt", start=1)
-    for i in ("", "i")
-}
-_TRIED = (("ddp", (0,)), ("deepspeed", (0, 1, 2, 3)), ("fsdp", (2, 3)))
-"""Backends that ``fitting`` tries, with the ZeRO stages of each."""
-
-
-def parse_size(text: str) -> int:
-    """``80GiB``, ``24 GB``, ``512MiB`` or a number of bytes, as bytes.
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    if found is None or unit is None or float(found[1]) <= 0:
-        raise ValueError(
-            f"must be a size such as 80GiB, 24GB, 512MiB or a number of bytes, got {text!r}"
-        )
-    return int(float(found[1]) * unit)
-
-
-def show_size(size: int) -> str:
-    """``1.52 GiB``."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 2**power:
-            return f"{size / 2**power:.2f} {unit}"
-    return f"{size} B"
+_TRIED: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("ddp", 0, ()),
+    ("deepspeed", 0, ()),
+    *(("deepspeed", stage, offload) for stage in (1, 2, 3) for offload in ((), ("optimizer",))),
+    ("deepspeed", 3, ("optimizer", "param")),
+    *(("fsdp", stage, offload) for stage in (2, 3) for offload in ((), ("optimizer", "param"))),
+)
+"""What ``fitting`` tries: backend, ZeRO stage, what is offloaded."""
 
 
 def render_ranks(ranks: Sequence[RankMemory], workload: Workload) -> str:
@@ -59,7 +40,7 @@ def render_ranks(ranks: Sequence[RankMemory], workload: Workload) -> str:
         lines.append([str(rank.rank), names, *sizes])
     checkpointing = ", gradient checkpointing" if workload.gradient_checkpointing else ""
     title = (
-        f"memory of each rank with {_backend(workload)}, "
+        f"memory of each rank with {_backend(workload.scpl, workload.section)}, "
         f"{_precision(workload.section)}{checkpointing}: "
         f"{workload.section.micro_batch_size} samples of the longest length, "
         f"{workload.sequence_length} tokens, on {workload.device_type}"
@@ -78,33 +59,39 @@ class Choice(NamedTuple):
 
 
 def fitting(workload: Workload, *, pipeline_ranks: int, dp_size: int) -> list[Choice]:
-    """What each backend and ZeRO stage would take on these ranks, with and without offloading."""
+    """What each backend and ZeRO stage would take on these ranks, with and without offloading;
+    without those that the recipe's own keys exclude.
+
+    Raises:
+        ScplError: As ``predict``.
+    """
     prediction, choices = Prediction(workload), []
-    for sharding, section in _variants(workload.section):
-        scpl = workload.scpl.model_copy(update={"sharding": sharding, "zero_stages": None})
-        other = prediction.with_section(scpl, section)
-        ranks = other.ranks(pipeline_ranks=pipeline_ranks, dp_size=dp_size)
-        worst = max(ranks, key=lambda rank: rank.peak)
-        choices.append(
-            Choice(_backend(other.workload), worst.peak, worst.rank, max(r.host for r in ranks))
-        )
+    for scpl, section in _variants(workload):
+        if not unsupported(section, scpl.sharding):
+            other = prediction.with_section(scpl, section)
+            ranks = other.ranks(pipeline_ranks=pipeline_ranks, dp_size=dp_size)
+            worst = max(ranks, key=lambda rank: rank.peak)
+            name, host = _backend(scpl, section), max(rank.host for rank in ranks)
+            choices.append(Choice(name, worst.peak, worst.rank, host))
     return choices
 
 
-def _variants(section: DeepSpeedSection) -> Iterator[tuple[str, DeepSpeedSection]]:
-    for sharding, stages in _TRIED:
-        for stage in stages:
-            for offload in (False, True):
-                raw = copy.deepcopy(section.raw)
-                put(raw, "zero_optimization.stage", stage)
-                for what in ("optimizer", "param"):
-                    device = (
-                        "cpu" if offload and (what == "optimizer" or sharding == "fsdp") else None
-                    )
-                    put(raw, f"zero_optimization.offload_{what}", {"device": device or "none"})
-                varied = DeepSpeedSection(raw, section.train)
-                if not unsupported(varied, sharding):
-                    yield sharding, varied
+def _excluded(workload: Workload) -> Iterator[str]:
+    """What ``fitting`` leaves out, a line each, with the key that is why."""
+    for scpl, section in _variants(workload):
+        for problem in unsupported(section, scpl.sharding)[:1]:
+            yield f"  {_backend(scpl, section)}: {problem.path}: {problem.message}"
+
+
+def _variants(workload: Workload) -> Iterator[tuple[ScplSection, DeepSpeedSection]]:
+    for sharding, stage, offloaded in _TRIED:
+        raw = copy.deepcopy(workload.section.raw)
+        put(raw, "zero_optimization.stage", stage)
+        for what in ("optimizer", "param"):
+            device = "cpu" if what in offloaded else "none"
+            put(raw, f"zero_optimization.offload_{what}", {"device": device})
+        scpl = workload.scpl.model_copy(update={"sharding": sharding, "zero_stages": None})
+        yield scpl, DeepSpeedSection(raw, workload.section.train)
 
 
 def render_fitting(
@@ -116,43 +103,61 @@ def render_fitting(
         host = show_size(choice.host) if choice.host else "-"
         verdict = "yes" if choice.peak <= memory else f"no, {show_size(choice.peak - memory)} over"
         lines.append([choice.name, show_size(choice.peak), str(choice.rank), host, verdict])
-    text = _aligned(lines)
-    if not any(choice.peak <= memory for choice in choices):
-        text += ["", "Nothing fits. The least that each of these would take:"]
-        text += [
-            f"  {change}: {show_size(min(c.peak for c in changed))}"
-            for change, changed in _changes(workload, pipeline_ranks, dp_size)
+    more = (
+        "about 0.5 GB a rank of Python and libraries comes"
+        if workload.device_type == "cpu"
+        else "the context and libraries of the GPU come"
+    )
+    text = [*_aligned(lines), f"On top of each peak: {more}."]
+    if excluded := list(_excluded(workload)):
+        text += ["Not with the other keys of this recipe:", *excluded]
+    least = min((choice.peak for choice in choices), default=None)
+    if least is None or least > memory:
+        text += ["", "Nothing fits."]
+        changes = [
+            f"  {change}: {show_size(peak)}, {'fits' if peak <= memory else 'does not fit'}"
+            for change, peak in _changes(workload, pipeline_ranks, dp_size)
+            if least is None or peak < least
         ]
+        text += ["What would take less, each at its best:", *changes] if changes else []
     return "\n".join(text)
 
 
-def _changes(
+def _changes(workload: Workload, pipeline_ranks: int, dp_size: int) -> Iterator[tuple[str, int]]:
+    """What could be changed, one thing at a time, and the least that each would take."""
+    for change, changed, ranks in _changed(workload, pipeline_ranks, dp_size):
+        with contextlib.suppress(ScplError):  # this one is not possible, others may be
+            choices = fitting(changed(), pipeline_ranks=ranks, dp_size=dp_size)
+            if choices:
+                yield change, min(choice.peak for choice in choices)
+
+
+def _changed(
     workload: Workload, pipeline_ranks: int, dp_size: int
-) -> Iterator[tuple[str, list[Choice]]]:
-    """What could be changed, one thing at a time, and what each would take."""
-
-    def tried(changed: Workload, ranks: int = pipeline_ranks) -> list[Choice]:
-        return fitting(changed, pipeline_ranks=ranks, dp_size=dp_size)
-
+) -> Iterator[tuple[str, Callable[[], Workload], int]]:
     if not workload.gradient_checkpointing:
-        with_it = dataclasses.replace(workload, gradient_checkpointing=True)
-        yield "train.gradient_checkpointing: true", tried(with_it)
+        with_it = functools.partial(dataclasses.replace, workload, gradient_checkpointing=True)
+        yield "train.gradient_checkpointing: true", with_it, pipeline_ranks
     micro = workload.section.micro_batch_size
     if micro > 1:
         raw = copy.deepcopy(workload.section.raw)
         put(raw, "train_micro_batch_size_per_gpu", micro // 2)
         raw.pop("train_batch_size", None)
         section = DeepSpeedSection(raw, workload.section.train)
-        halved = dataclasses.replace(workload, section=section)
-        yield f"deepspeed.train_micro_batch_size_per_gpu: {micro // 2}", tried(halved)
+        halved = functools.partial(dataclasses.replace, workload, section=section)
+        name = f"deepspeed.train_micro_batch_size_per_gpu: {micro // 2}"
+        yield f"{name} (another objective: fewer rows are compared)", halved, pipeline_ranks
     stages = 2 * workload.plan.num_stages
     if stages <= workload.anatomy.num_layers:
-        scpl = workload.scpl.model_copy(update={"stages": stages, "partition": "parameters"})
-        plan = plan_stages(workload.anatomy, scpl, num_labels=workload.config.num_labels)
-        deeper = dataclasses.replace(workload, scpl=scpl, plan=plan)
-        yield f"scpl.stages: {stages} on as many ranks", tried(deeper)
+
+        def deeper() -> Workload:
+            scpl = workload.scpl.model_copy(update={"stages": stages, "partition": "parameters"})
+            plan = plan_stages(workload.anatomy, scpl, num_labels=workload.config.num_labels)
+            return dataclasses.replace(workload, scpl=scpl, plan=plan)
+
+        yield f"scpl.stages: {stages} on as many ranks", deeper, pipeline_ranks
         more = 2 * pipeline_ranks
-        yield f"scpl.stages: {stages} on {more * dp_size} ranks", tried(deeper, more)
+        yield f"scpl.stages: {stages} on {more * dp_size} ranks", deeper, more
 
 
 def describe(
@@ -163,16 +168,20 @@ def describe(
     ranks = {"pipeline_ranks": pipeline_ranks, "dp_size": dp_size}
     try:
         text = render_ranks(predict(workload, **ranks), workload)
-        if memory is not None:
-            choices = fitting(workload, **ranks)
-            text += "\n\n" + render_fitting(choices, workload, memory=memory, **ranks)
     except ScplError as error:
         return f"memory is not predicted: {error}"
+    if memory is not None:
+        try:
+            choices = fitting(workload, **ranks)
+            text += "\n\n" + render_fitting(choices, workload, memory=memory, **ranks)
+        except ScplError as error:
+            text += f"\n\nwhat fits is not predicted: {error}"
     return text
 
 
 def compare(workload: Workload, measured: Sequence[int], pipeline_ranks: int, dp_size: int) -> str:
-    """Measured peaks beside predicted ones, a line per rank of the run.
+    """Measured peaks beside predicted ones, a line per rank of the run; never an error, because a
+    finished run must not end in one.
 
     Args:
         workload: What was trained.
@@ -182,7 +191,7 @@ def compare(workload: Workload, measured: Sequence[int], pipeline_ranks: int, dp
     """
     try:
         ranks = predict(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size)
-    except ScplError as error:
+    except Exception as error:
         found = ", ".join(show_size(size) for size in measured)
         return f"peak memory by rank: {found}; it is not predicted: {error}"
     lines = [["rank", "predicted peak", "measured peak", "measured / predicted"]]
@@ -191,15 +200,25 @@ def compare(workload: Workload, measured: Sequence[int], pipeline_ranks: int, dp
         lines.append(
             [str(number), show_size(predicted), show_size(size), f"{size / max(1, predicted):.2f}"]
         )
-    return "\n".join(["memory during training", *_aligned(lines)])
+    text = ["memory during training", *_aligned(lines)]
+    if workload.device_type == "cpu":
+        text.append(
+            "Measured is the resident set, in which the C library keeps freed blocks; with "
+            "MALLOC_MMAP_THRESHOLD_=1048576 it is what is alive, and training is slower."
+        )
+    return "\n".join(text)
 
 
-def _backend(workload: Workload) -> str:
-    section, name = workload.section, workload.scpl.sharding
-    stages = workload.scpl.zero_stages or (section.zero_stage,)
-    zero = f" ZeRO-{'/'.join(map(str, stages))}" if name not in ("none", "ddp") else ""
+def _backend(scpl: ScplSection, section: DeepSpeedSection) -> str:
+    stages = "/".join(map(str, scpl.zero_stages or (section.zero_stage,)))
+    name = scpl.sharding
+    if name == "fsdp":
+        between = "whole from forward to backward" if stages == "2" else "whole only in use"
+        name += f", stage {stages} ({between})"
+    elif name not in ("none", "ddp"):
+        name += f" ZeRO-{stages}"
     offloaded = [what for what in ("optimizer", "param") if section.offload(what)]
-    return f"{name}{zero}" + (f" + {' and '.join(offloaded)} offload" if offloaded else "")
+    return name + (f" + {' and '.join(offloaded)} offload" if offloaded else "")
 
 
 def _precision(section: DeepSpeedSection) -> str:

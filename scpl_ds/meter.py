@@ -85,8 +85,8 @@ class Meter:
 
 
 def peak_memory_gib(device: torch.device | None = None) -> float:
-    """Highest memory use so far, GiB: tensors on a CUDA device, else this process's resident
-    set."""
+    """Highest memory use, GiB, since the process began or a ``MemoryWatch`` restarted: tensors on a
+    CUDA device, else this process's resident set."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     # ru_maxrss counts KiB on Linux, bytes on macOS.
@@ -103,10 +103,23 @@ class MemoryWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
-        self._base = self._now()
+        self._base, self._before = self._now(), 0
 
     def restart(self) -> None:
         """Forget the peak so far."""
+        self._before = 0
+        self._forget()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The peak inside counts nowhere: evaluation, saving."""
+        self._before = self.peak()
+        try:
+            yield
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
             return
@@ -119,7 +132,7 @@ class MemoryWatch:
 
     def peak(self) -> int:
         """The most bytes beyond the beginning since ``restart``."""
-        return round(peak_memory_gib(self._cuda) * GIB) - self._base
+        return max(self._before, round(peak_memory_gib(self._cuda) * GIB) - self._base)
 
     def _now(self) -> int:
         if self._cuda is not None:

@@ -26,7 +26,7 @@ from scpl_ds.errors import CheckpointError
 from scpl_ds.evaluation import evaluate, score_model
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
-from scpl_ds.meter import MemoryWatch, Meter, give_back_freed_memory, peak_memory_gib
+from scpl_ds.meter import MemoryWatch, Meter, peak_memory_gib
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.recipe import Recipe
 from scpl_ds.run_folder import RunFolder, versions
@@ -102,8 +102,6 @@ class Run:
             mesh, lambda: make_loaders(recipe, self.data, mesh)
         )
         self.progress = self._plan_steps()
-        if device.type == "cpu":
-            give_back_freed_memory()
         self.memory = MemoryWatch(device)
         self.engine: Engine = together(
             mesh,
@@ -268,12 +266,12 @@ class Run:
                 progress.due(train.eval_strategy, train.eval_steps, step)
                 or (last and train.eval_strategy != "no")
             ):
-                with self.meter.paused():
+                with self.meter.paused(), self.memory.paused():
                     self._evaluate(step)
             if progress.due(train.save_strategy, train.save_steps, step) or (
                 last and (train.save_strategy != "no" or train.export)
             ):
-                with self.meter.paused():
+                with self.meter.paused(), self.memory.paused():
                     self._save(step)
         with self.meter.paused():
             self.engine.drain()
@@ -334,7 +332,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         totals, seconds = self.meter.total(), self.meter.seconds
         peaks = gather_objects(self.mesh, self.memory.peak())
-        if self.is_main:
+        if self.is_main and self.engine.global_steps > self.progress.done:
             work = Workload.of(self.recipe, self.model, self.device.type)
             log.info("%s", compare(work, peaks, self.mesh.pp_size, self.mesh.dp_size))
         stages, steps = self.engine.num_stages, self.engine.global_steps

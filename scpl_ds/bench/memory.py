@@ -13,11 +13,13 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scpl_ds.errors import ScplError
+import torch
+
+from scpl_ds.errors import RecipeError, ScplError
 from scpl_ds.partition.random_model import write_random_model
 from scpl_ds.sharding._base import DTYPES
 
@@ -87,9 +89,19 @@ SUITES: dict[str, tuple[tuple[Case, ...], Shape]] = {
 
 
 def run(
-    suite: str, *, cases: Sequence[Case] | None = None, shape: Shape | None = None
+    suite: str,
+    *,
+    cases: Sequence[Case] | None = None,
+    shape: Shape | None = None,
+    on_row: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a suite, one row a case; progress goes to the log.
+
+    Args:
+        suite: Of ``SUITES``.
+        cases: Others than the suite's.
+        shape: Another than the suite's.
+        on_row: Called with all rows so far after each case, so that a later failure loses none.
 
     Returns:
         Rows with ``system, stages, ranks, zero_stage, sharding, parameter_bytes,
@@ -97,8 +109,14 @@ def run(
         most, and ``per_rank`` with the same of every rank.
 
     Raises:
-        ScplError: A process failed; the message ends with what it said.
+        RecipeError: The suite needs a GPU and there is none.
+        ScplError: A process failed, and the message ends with what it said; or it took too long.
     """
+    if suite == "gpu" and not torch.cuda.is_available():
+        raise RecipeError(
+            "--suite gpu trains 1.5 B parameters on a CUDA device and torch finds none here; use "
+            "--suite standard or large, or a machine with a GPU."
+        )
     default_cases, default_shape = SUITES[suite]
     rows = []
     with tempfile.TemporaryDirectory(prefix="scpl-bench-") as folder:
@@ -108,6 +126,8 @@ def run(
         for case in cases or default_cases:
             rows.append(_row(case, _measure(case, shape, model, Path(folder))))
             log.info("%s", render(rows[-1:]).splitlines()[-1])
+            if on_row is not None:
+                on_row(rows)
     return rows
 
 
@@ -148,9 +168,16 @@ def _measure(case: Case, shape: Shape, model: Path, folder: Path) -> list[dict[s
         f"--nproc-per-node={case.ranks}", "-m", "scpl_ds.bench._memory_worker",
         str(recipe), str(out), str(shape.steps),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-    if done.returncode != 0:
-        said = done.stderr.split("torch.distributed.elastic")[0].strip()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        try:
+            _, said = launcher.communicate(timeout=_LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            launcher.terminate()  # it ends its ranks
+            raise ScplError(f"{case} took more than {_LIMIT_S} s and was ended.") from error
+    if launcher.returncode != 0:
+        said = said.split("torch.distributed.elastic")[0].strip()
         raise ScplError(f"{case} failed:\n{said[-2000:]}")
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(case.ranks)]
 

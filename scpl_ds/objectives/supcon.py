@@ -170,8 +170,9 @@ class SupConOptions(ObjectiveOptions):
 
     gather: bool = False
     """Compare the rows of all data-parallel ranks of the stage, as if one rank had them all: D
-    ranks with B rows each train as one rank with D x B rows. One message a micro-batch between
-    them, B x (width + labels), and none in the backward. Nothing changes with one rank."""
+    ranks with B rows each train as one rank with D x B rows. Two messages a micro-batch between
+    them, the numbers of rows and then the rows and labels, and none in the backward. Nothing
+    changes with one rank."""
     feature_queue: NonNegativeInt = 0
     """Compare every row also with the last so many rows of earlier micro-batches (of all
     data-parallel ranks), as the stage saw them then: further positives and negatives, without

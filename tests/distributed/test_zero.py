@@ -72,7 +72,7 @@ def test_every_zero_stage_trains_what_plain_torch_trains(zero: str) -> None:
     runs.assert_equal(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero2-offload"])
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
 @distributed(1)
 def test_several_sharded_stages_share_one_rank(zero: str) -> None:
     wanted = train(build(None, stages=4), 5)
@@ -117,8 +117,10 @@ HALVES: dict[str, tuple[dict[str, Any], float]] = {
 """Precision -> how far off course ten steps may lead; an untrained model is 1.0 off."""
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero3-offload"])
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize(
+    ("half", "zero"),
+    [("bf16", "zero1"), ("bf16", "zero3-offload"), ("autocast", "zero2"), ("fp16", "zero3")],
+)
 @distributed(2)
 def test_half_precision_stays_within_its_rounding_of_fp32(half: str, zero: str) -> None:
     more, limit = HALVES[half]
@@ -128,9 +130,7 @@ def test_half_precision_stays_within_its_rounding_of_fp32(half: str, zero: str) 
     with fp16_on_this_cpu():
         found = train(build(zero, pipeline_ranks=1, more=more), 10)
     assert all(tensor.dtype == torch.float32 for n, tensor in found.items() if "weight" in n)
-    error = off_course(found, wanted, start)
-    print(f"OFF {half} {zero} {error:.4f}")
-    assert error < limit
+    assert off_course(found, wanted, start) < limit
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def overflow_once(engine: scpl_ds.Engine, stage: int, step: int, dp_rank: int) -
             block.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero2-offload"])
+@pytest.mark.parametrize("zero", ["zero1", "zero3", "zero2-offload"])
 @distributed(4)
 def test_an_fp16_overflow_skips_its_own_stages_step_and_no_other(zero: str) -> None:
     with fp16_on_this_cpu():
@@ -249,20 +249,21 @@ def test_all_stages_together_move_by_the_clipped_norm(zero: str | None) -> None:
     assert sum(part[1] for part in told) ** 0.5 == pytest.approx(total, rel=1e-5) != 0.01
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3", "zero2-offload"])
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
 @distributed(4)
 def test_clipping_by_the_norm_of_all_stages_is_plain_torchs(zero: str) -> None:
     options: dict[str, Any] = {"pipeline_ranks": 2, "clip": 0.3}
     together = {"sync": "step", "clip_scope": "global"}
-    found = train(build(zero, **options, **together), 5)
-    wanted = train(build(None, **options, **together), 5)
+    found = train(build(zero, **options, **together), 3)
+    wanted = train(build(None, **options, **together), 3)
     runs.assert_equal(found, wanted, rtol=1e-5, atol=1e-6)
-    alone = train(build(None, **options), 5)
+    alone = train(build(None, **options), 3)
     assert any(not torch.allclose(alone[name], wanted[name], atol=1e-5) for name in wanted)
 
 
-@pytest.mark.parametrize("more", [{}, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("zero", ["zero2", "zero3", "zero3-offload"])
+@pytest.mark.parametrize(
+    ("zero", "more"), [("zero2", {}), ("zero3", BF16), ("zero3-offload", {})], ids=str
+)
 @distributed(2)
 def test_a_resumed_zero_run_equals_an_uninterrupted_one_to_the_bit(
     tmp_path: Path, zero: str, more: dict[str, Any]
@@ -297,16 +298,18 @@ def test_a_zero_checkpoint_loads_into_plain_torch_and_back(tmp_path: Path, zero:
             runs.assert_equal(found.moments[moment], tensors)
 
 
-@pytest.mark.parametrize("more", [{}, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("zero", [name for name in ZERO if name != "zero3-persistent"])
+@pytest.mark.parametrize(
+    ("zero", "more"),
+    [(zero, {}) for zero in ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")]
+    + [("zero1", BF16), ("zero3", BF16)],
+    ids=str,
+)
 @distributed(2)
 def test_data_that_end_in_the_middle_of_a_zero_step_leave_no_trace(
     zero: str, more: dict[str, Any]
 ) -> None:
     """Accumulation 3; two micro-batches of the second step are lost, then three more steps: the
     learning rate of the first two is 0."""
-    if zero == "zero0" and more:
-        return  # refused
     weights = []
     for numbers in (range(5), range(3)):
         engine = build(zero, pipeline_ranks=1, more=more, accumulation=3)
@@ -371,7 +374,7 @@ def test_ranks_of_a_stage_start_from_the_first_ones_weights(
     runs.assert_equal(found, wanted)
 
 
-@pytest.mark.parametrize(("sharding", "zero"), BACKENDS)
+@pytest.mark.parametrize(("sharding", "zero"), [("ddp", None), *BACKENDS[2:4], BACKENDS[-1]])
 @distributed(2)
 def test_evaluation_between_steps_changes_nothing(sharding: str, zero: str | None) -> None:
     weights = []
@@ -386,7 +389,7 @@ def test_evaluation_between_steps_changes_nothing(sharding: str, zero: str | Non
     runs.assert_equal(weights[0], weights[1])
 
 
-@pytest.mark.parametrize(("sharding", "zero"), BACKENDS)
+@pytest.mark.parametrize(("sharding", "zero"), [*BACKENDS[1:4], BACKENDS[5], BACKENDS[-1]])
 @distributed(2)
 def test_a_closed_stage_gives_its_memory_back(sharding: str, zero: str | None) -> None:
     engine = start_of(sharding, zero, runs.model())

@@ -10,6 +10,7 @@ import pytest
 from scpl_ds import cli
 from scpl_ds.bench import memory
 from scpl_ds.bench.memory import SUITES, Case, Shape, recipe_of, render
+from scpl_ds.errors import ScplError
 from scpl_ds.recipe import check_world, recipe_from_mapping
 
 KEYS = {
@@ -33,7 +34,11 @@ def test_backprop_is_one_stage_that_learns_from_the_task_loss() -> None:
 
 
 def rows(cases: list[Case]) -> list[dict[str, Any]]:
-    return memory.run("standard", cases=cases, shape=Shape("bert-11m", 4, 64))
+    seen: list[int] = []
+    shape = Shape("bert-11m", 4, 64)
+    found = memory.run("standard", cases=cases, shape=shape, on_row=lambda r: seen.append(len(r)))
+    assert seen == [*range(1, len(cases) + 1)]  # after each, so that an interrupted run keeps some
+    return found
 
 
 def test_a_measured_row_has_what_every_rank_held_and_what_was_predicted() -> None:
@@ -55,6 +60,23 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     code = cli.main(["bench", "memory", "--json", str(tmp_path / "no" / "rows.json")])
     assert code == 2
     assert "--json" in capsys.readouterr().err
+
+
+def test_an_existing_file_is_left_alone_until_there_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    file = tmp_path / "rows.json"
+    file.write_text("[1]")
+    assert cli.main(["bench", "memory", "--suite", "gpu", "--json", str(file)]) == 2
+    assert "--suite gpu" in capsys.readouterr().err
+    assert file.read_text() == "[1]"
+
+
+def test_a_case_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_LIMIT_S", 0.5)
+    with pytest.raises(ScplError, match="took more than"):
+        rows([Case("bp")])
 
 
 @pytest.mark.slow

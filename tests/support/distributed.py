@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import importlib
 import inspect
 import os
 import signal
@@ -58,6 +59,7 @@ def run_ranks(world: int, body: Callable[[], None], *, limit_s: float = LIMIT_S)
     """
     ds_comm = sys.modules.get("deepspeed.comm.comm")
     assert getattr(ds_comm, "cdb", None) is None, "mark the test `forks`: it must come first"
+    _import_what_ranks_use()
     with tempfile.TemporaryDirectory() as folder:
         pids = {fork_rank(rank, world, Path(folder), body): rank for rank in range(world)}
         failed = wait_for(pids, limit_s=limit_s)
@@ -69,6 +71,15 @@ def run_ranks(world: int, body: Callable[[], None], *, limit_s: float = LIMIT_S)
             pytest.fail(reports[0].split("\n", 1)[1], pytrace=False)
         if failed:
             pytest.fail(f"rank {failed[0][0]} ended with {failed[0][1]}", pytrace=False)
+
+
+@functools.cache
+def _import_what_ranks_use() -> None:
+    """Once, before any fork: it takes every rank seconds. Importing starts no thread."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("deepspeed", "torch.distributed.fsdp"):
+        importlib.import_module(name)
 
 
 def fork_rank(rank: int, world: int, folder: Path, body: Callable[[], None]) -> int:

@@ -179,6 +179,16 @@ def test_rollback_goes_back_to_the_last_commit():
     assert queue.labels.tolist() == [-100] * 3 and not queue.features.any()
 
 
+def test_rows_that_are_not_finite_do_not_enter():
+    """One such row used to make the loss of every later micro-batch NaN."""
+    queue = FeatureQueue(4, 2)
+    inf, nan = float("inf"), float("nan")
+    features = torch.tensor([[1.0, 2.0], [inf, 1.0], [1.0, nan], [2.0, 1.0]])
+    queue.push(features, torch.tensor([0, 1, 0, 1]))
+    assert queue.labels.tolist() == [-100, -100, 0, 1]
+    assert queue.features.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_queue_whose_buffers_a_backend_cast_keeps_their_type(dtype: torch.dtype):
     queue = FeatureQueue(3, 2).to(dtype)

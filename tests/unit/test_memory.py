@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPTJConfig
 
 from scpl_ds.build import plan_stages
 from scpl_ds.cli import main
-from scpl_ds.errors import ScplError
+from scpl_ds.errors import PartitionError, ScplError
 from scpl_ds.memory import Prediction, RankMemory, Workload, footprint, predict
-from scpl_ds.memory_report import fitting, parse_size, render_fitting, show_size
+from scpl_ds.memory_report import compare, describe, fitting, render_fitting
+from scpl_ds.memory_sizes import parse_size, show_size
 from scpl_ds.memory_track import FusedAttention, LiveBytes
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.recipe import recipe_from_ds_config
@@ -28,6 +29,7 @@ from scpl_ds.sharding._footprint import Setting
 from tests.support import tiny
 from tests.support.tiny import write_recipe
 
+HALF = {"bf16": {"enabled": True}}
 TASK, ROOT = "sequence-classification", Path(__file__).parents[2]
 
 
@@ -65,8 +67,6 @@ def one(work: Workload, dp_size: int = 1) -> RankMemory:
 
 
 def test_parameters_and_optimizer_are_counted_to_the_byte():
-    from transformers import BertForSequenceClassification
-
     memory, model = one(workload()), BertForSequenceClassification(bert())
     numbers = sum(p.numel() for p in model.parameters())
     assert memory.parameters == 4 * numbers + sum(b.nbytes for b in model.buffers())
@@ -90,8 +90,6 @@ def test_the_tracker_counts_a_storage_once_and_only_while_it_lives():
 
 def test_what_a_fake_stage_keeps_is_what_a_real_one_keeps():
     """The same live bytes, with and without values, as autograd says it saves."""
-    from transformers import BertForSequenceClassification
-
     torch.manual_seed(0)
     model = BertForSequenceClassification(bert()).train()
     ids = torch.randint(0, 500, (8, 32))
@@ -204,14 +202,79 @@ def test_what_is_no_size_is_refused(text: str):
 def test_when_nothing_fits_what_to_change_is_said_with_numbers():
     work = workload(2, zero=1, sharding="deepspeed")
     choices = fitting(work, pipeline_ranks=2, dp_size=2)
-    assert {"ddp", "deepspeed ZeRO-3", "fsdp ZeRO-3"} <= {choice.name for choice in choices}
+    names = {choice.name for choice in choices}
+    assert {"ddp", "deepspeed ZeRO-3", "deepspeed ZeRO-3 + optimizer and param offload"} <= names
+    assert "fsdp, stage 2 (whole from forward to backward)" in names
     ranks = {"pipeline_ranks": 2, "dp_size": 2}
     least = min(choice.peak for choice in choices)
     assert "Nothing fits" not in render_fitting(choices, work, memory=least, **ranks)
     text = render_fitting(choices, work, memory=least - 1, **ranks)
-    assert "train.gradient_checkpointing: true: " in text
-    assert "scpl.stages: 4 on 8 ranks: " in text
+    assert "scpl.stages: 4 on 8 ranks: " in text and ", fits" in text
+    assert "another objective" in text
+    assert ", does not fit" in render_fitting(choices, work, memory=1, **ranks)
     assert show_size(1536) == "1.50 KiB"
+
+
+def test_what_the_recipe_excludes_is_said_with_the_key():
+    choices = fitting(work := workload(ds=HALF), pipeline_ranks=1, dp_size=1)
+    text = render_fitting(choices, work, memory=2**40, pipeline_ranks=1, dp_size=1)
+    assert "deepspeed ZeRO-0" not in {choice.name for choice in choices}
+    assert "  deepspeed ZeRO-0: deepspeed.bf16: " in text
+
+
+def test_a_change_that_is_not_possible_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
+    """CTRL has no gradient checkpointing: nothing at all used to be printed."""
+    monkeypatch.setattr(BertModel, "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(BertForSequenceClassification, "supports_gradient_checkpointing", False)
+    text = describe(workload(2), pipeline_ranks=1, dp_size=1, memory=1)
+    assert "memory of each rank" in text and "scpl.stages: 4 on 2 ranks" in text
+    assert "gradient_checkpointing" not in text
+
+
+def test_a_model_without_sdpa_is_predicted_with_eager_attention():
+    config = GPTJConfig(
+        vocab_size=500, n_embd=64, n_layer=4, n_head=4, rotary_dim=8, num_labels=3, pad_token_id=0
+    )
+    anatomy, base = anatomy_of(config, TASK), workload()
+    plan = plan_stages(anatomy, base.scpl, num_labels=3)
+    work = dataclasses.replace(
+        base, config=config, anatomy=anatomy, plan=plan, attn_implementation="flash_attention_2"
+    )
+    assert one(work).peak > 0
+
+
+def test_a_model_that_cannot_be_made_is_no_traceback(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("rope")
+
+    monkeypatch.setattr(BertForSequenceClassification, "_from_config", fail)
+    with pytest.raises(PartitionError, match="cannot be predicted"):
+        one(workload())
+    assert "not predicted" in compare(workload(), [2**30], 1, 1)
+    assert "not predicted" in describe(workload(), pipeline_ranks=1, dp_size=1)
+
+
+def test_the_global_batch_is_shared_by_the_data_parallel_ranks():
+    """Used to be refused: the batch was counted as that of one rank."""
+    sizes = {"train_batch_size": 16, "gradient_accumulation_steps": 1}
+    assert one(workload(2, ds=sizes), dp_size=2).peak == one(workload(2), dp_size=2).peak
+
+
+def test_a_queue_is_counted_in_fp32_beside_bf16_weights():
+    queue = {"name": "supcon", "feature_queue": 1000}
+    half = {"zero": 1, "sharding": "deepspeed", "ds": HALF}
+    without, with_it = (
+        one(workload(2, **half, **more)).resident for more in ({}, {"objective": queue})
+    )
+    assert with_it - without == 1000 * (64 * 4 + 8)
+
+
+def test_fp32_sums_of_bf16_gradients_live_beside_the_buckets():
+    """DeepSpeed's flat buffer of them is there from the first bucket on: calibrated on a Llama."""
+    away = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    work = workload(rows=1, sharding="deepspeed", ds={**HALF, **away})
+    (size,), _ = Prediction(work).sizes()
+    assert one(work).activation_and_gradient >= (2 + 2 + 4) * size.trained
 
 
 def test_plan_prints_the_memory_of_every_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -220,8 +283,9 @@ def test_plan_prints_the_memory_of_every_rank(tmp_path: Path, capsys: pytest.Cap
         assert main(["plan", recipe, "--memory", "1GiB", "--device", "cuda"]) == 0
         shown = capsys.readouterr().out
         assert "memory of each rank" in shown and "fits 1.00 GiB" in shown and "on cuda" in shown
-        assert main(["plan", recipe, "--memory", "plenty"]) == 2
-    assert "--memory must be a size such as 80GiB" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", recipe, "--memory", "plenty"])
+    assert "--memory: must be a size such as 80GiB" in capsys.readouterr().err
 
 
 _MEASURE = """

@@ -99,3 +99,14 @@ def test_a_memory_watch_counts_from_its_own_beginning():
     watch.restart()
     assert 0.9 * block.nbytes < watch.peak() < 1.3 * block.nbytes
     assert 0.9 * block.nbytes < watch.now() <= watch.peak() + 2**20
+
+
+def test_a_paused_memory_watch_keeps_the_peak_before_and_forgets_the_one_inside():
+    watch = MemoryWatch(torch.device("cpu"))
+    watch.restart()
+    torch.ones(32 * 2**20)  # 128 MiB, freed at once
+    with watch.paused():
+        torch.ones(128 * 2**20)
+    assert 120 * 2**20 < watch.peak() < 256 * 2**20
+    watch.restart()
+    assert watch.peak() < 120 * 2**20
