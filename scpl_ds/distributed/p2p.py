@@ -32,6 +32,11 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_untaken: list[collections.deque[tuple[str, list[Any], list[Tensor]]]] = []
+"""Messages on their way, of every channel: gloo drops one whose buffer nobody holds, and an engine
+may be forgotten before its last message has been taken."""
+
+
 class Expected(NamedTuple):
     """What the receiver is about to compute, compared with what the header says."""
 
@@ -64,6 +69,8 @@ class BoundaryChannel:
         self._in_flight: collections.deque[tuple[str, list[Any], list[Tensor]]] = (
             collections.deque()
         )
+        _untaken[:] = [messages for messages in _untaken if messages]
+        _untaken.append(self._in_flight)
         self._last_batch_id: dict[str, int] = {}
         self._timeout = datetime.timedelta(seconds=mesh.timeout_s)
 

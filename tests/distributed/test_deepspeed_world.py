@@ -115,7 +115,8 @@ def test_gradient_norms_and_clipping_are_those_of_one_stage(zero: int) -> None:
 
 @distributed(1)
 def test_clipping_is_written_out_for_deepspeed() -> None:
-    """DeepSpeed 0.19.8 clips at 1.0 when nothing is said; 0 must mean off."""
-    for clip in (0.0, 0.7):
-        engine = runs.engine(1, sharding="deepspeed", clip=clip)
-        assert engine.stages[0].backend.engine.gradient_clipping() == clip
+    """DeepSpeed 0.19.8 clips at 1.0 when nothing is said; 0 must mean off. Without ZeRO it is the
+    backend that clips, and DeepSpeed must not do so again."""
+    for zero, clip, told in ((1, 0.0, 0.0), (1, 0.7, 0.7), (0, 0.7, 0.0)):
+        engine = runs.engine(1, sharding="deepspeed", zero=zero, clip=clip)
+        assert engine.stages[0].backend.engine.gradient_clipping() == told
