@@ -180,6 +180,8 @@ def _plan(args: argparse.Namespace) -> int:
     device = args.device or pick_device(RankEnv.current()).type
     workload = Workload.of(recipe, model, device)
     needs = describe(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size, memory=args.memory)
+    grid = f"{ranks} ranks = {pipeline_ranks} pipeline x {dp_size} data-parallel"
+    table += "" if args.ranks else f"\nplanned for {grid}; another number: --ranks N"
     sys.stdout.write(f"{table}\n\n{needs}\n\nschedule '{recipe.scpl.schedule}'\n{drawing}\n")
     return 0
 

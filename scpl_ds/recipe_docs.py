@@ -67,8 +67,8 @@ micro-batch x accumulation x data-parallel ranks of a stage.
   `scpl.sharding: none` what its engine does (`flops_profiler`, `wall_clock_breakdown`,
   `communication_data_type`, `prescale_gradients` ...). A block that DeepSpeed has removed may stay
   if it is switched off.
-- Not supported yet, and refused by name: ZeRO stages 2 and 3, offloading, ZeRO++, bf16, fp16,
-  `torch_autocast`, `activation_checkpointing`.
+- ZeRO stage, offloading and precision by backend: [sharding](sharding.md). Refused by name: ZeRO++,
+  ZenFlow, `activation_checkpointing` (`train.gradient_checkpointing` takes its place).
 """
 
 

@@ -371,7 +371,8 @@ class TrainSection(Section):
                 problems.append(
                     Problem(
                         f"{what}_steps",
-                        f"has no effect with {what}_strategy: {strategy}; remove one of the two",
+                        f"has no effect with {what}_strategy: {strategy}; remove one of the two "
+                        f"(on the command line: train.{what}_steps=null)",
                     )
                 )
         if self.warmup_steps and self.warmup_ratio:
