@@ -148,12 +148,20 @@ CASES = [
         {"scpl.partition": "flop"},
     ),
     Case(
-        "zero-3",
-        ("deepspeed.zero_optimization.stage: ZeRO stage 3 is planned; use stage 0 or 1",),
-        {"scpl.sharding": "deepspeed", "deepspeed.zero_optimization": {"stage": 3}},
+        "zero-3-without-a-backend",
+        ("deepspeed.zero_optimization.stage: scpl.sharding 'none' keeps everything on every rank",),
+        {"scpl.sharding": "none", "deepspeed.zero_optimization": {"stage": 3}},
     ),
-    Case("bf16", ("deepspeed.bf16: mixed precision is",), {"deepspeed.bf16": {"enabled": True}}),
-    Case("fp16", ("deepspeed.fp16: mixed precision is",), {"deepspeed.fp16": {"enabled": True}}),
+    Case(
+        "bf16-without-zero",
+        ("deepspeed.bf16: DeepSpeed 0.19.8 without ZeRO accumulates gradients in bf16",),
+        {"scpl.sharding": "deepspeed", "deepspeed.bf16": {"enabled": True}},
+    ),
+    Case(
+        "fp16-without-zero",
+        ("deepspeed.fp16: DeepSpeed 0.19.8 without ZeRO never scales the loss",),
+        {"scpl.sharding": "deepspeed", "deepspeed.fp16": {"enabled": True}},
+    ),
     Case(
         "a-key-that-would-do-nothing",
         ("deepspeed.dataloader_drop_last: False is not supported",),

@@ -133,16 +133,16 @@ def test_a_new_iterator_goes_on_where_the_last_one_stopped():
 
 def test_evaluation_gives_every_sample_once_in_order_over_the_ranks():
     for n, size, ranks in itertools.product(range(1, 20), (1, 2, 3, 8), (1, 2, 3, 4)):
+        loaders = [loader(n, size=size, rank=r, ranks=ranks, train=False) for r in range(ranks)]
         shards = [
-            [i for batch in loader(n, size=size, rank=r, ranks=ranks, train=False)
-             for i in batch["ids"].tolist()]
-            for r in range(ranks)
-        ]  # fmt: skip
+            [i for batch in itertools.islice(each, each.num_scored) for i in batch["ids"].tolist()]
+            for each in loaders
+        ]
         assert list(itertools.chain(*shards)) == list(range(n))
 
 
 def test_evaluation_ranks_get_equally_many_micro_batches_of_at_most_the_size():
-    for n, size, ranks in itertools.product(range(4, 40), (2, 3, 8), (1, 2, 3, 4)):
+    for n, size, ranks in itertools.product(range(1, 40), (1, 2, 3, 8), (1, 2, 3, 4)):
         loaders = [loader(n, size=size, rank=r, ranks=ranks, train=False) for r in range(ranks)]
         batches = [[b["ids"].tolist() for b in x] for x in loaders]
         counts = {len(b) for b in batches}
