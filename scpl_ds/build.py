@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scpl_ds import registry
 from scpl_ds.batch import as_named_inputs
+from scpl_ds.build_times import Stopwatch
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel
@@ -29,7 +30,7 @@ from scpl_ds.partition.layer_list import (
     check_layers,
     plan_layers,
 )
-from scpl_ds.partition.plan import PartitionPlan, make_plan, stages_of_rank
+from scpl_ds.partition.plan import LayerTimes, PartitionPlan, make_plan, stages_of_rank
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
 from scpl_ds.recipe import ScplSection, TrainSection, check_world, recipe_from_ds_config
@@ -47,11 +48,12 @@ class PipelineModule:
         num_stages: Number of stages; None leaves it to ``scpl.stages`` of the config.
         loss_fn: ``loss_fn(outputs, labels)``; needed with a list of layers. A Hugging Face model
             brings its own.
-        partition_method: ``parameters``, ``uniform``, ``type:<regex>`` or ranges; None leaves it to
-            ``scpl.partition``.
+        partition_method: ``parameters``, ``uniform``, ``time``, ``type:<regex>`` or ranges; None
+            leaves it to ``scpl.partition``.
         input_example: With a list of layers: one batch of inputs, so that the width of each
             boundary is known and a local head with weights can be built (``projection: linear`` or
-            ``mlp``). Only its shape is used.
+            ``mlp``). Only its shape is used, but for ``time``, which runs the layers on it; with a
+            Hugging Face model it says there how long samples are.
         activation_checkpoint_interval: With a list of layers DeepSpeed's: keep only what enters
             every n-th layer of a stage and run those layers again in backward; 0 keeps everything.
             With a Hugging Face model any n > 0 switches on its gradient checkpointing, layer by
@@ -93,24 +95,34 @@ class PipelineModule:
         self.activation_checkpoint_interval = activation_checkpoint_interval
 
     def cut(
-        self, scpl: ScplSection, seed: int
+        self, scpl: ScplSection, seed: int, stopwatch: Stopwatch | None = None
     ) -> tuple[PartitionPlan, Callable[[int], StageBody], int | None]:
-        """The plan, a function that makes stage k's body, and the number of labels (if known)."""
+        """The plan, a function that makes stage k's body, and the number of labels (if known).
+
+        ``stopwatch`` measures what the method ``time`` cuts by.
+        """
         stages, method = scpl.stages, self.partition_method or scpl.partition
         if isinstance(self.layers, PreTrainedModel):
             model = self.layers
             anatomy = analyze(model)
             num_labels = getattr(model.config, "num_labels", None)
-            plan = plan_stages(anatomy, scpl, num_labels=num_labels, method=method)
+            prepare = recompute_activations if self.activation_checkpoint_interval else None
+            times = None
+            if method == "time" and stopwatch is not None:
+                example = self.input_example
+                times = stopwatch.model(model, anatomy, example=example, prepare=prepare)
+            plan = plan_stages(anatomy, scpl, num_labels=num_labels, method=method, times=times)
 
             def stage(k: int) -> StageBody:
                 made = stage_from_model(model, anatomy, *plan.span(k))
-                recompute = self.activation_checkpoint_interval > 0
-                return as_body(recompute_activations(made) if recompute else made)
+                return as_body(made if prepare is None else prepare(made))
 
             return plan, stage, num_labels
         layers = self.layers
-        plan = plan_layers(layers, stages, method)
+        if method == "time" and stopwatch is not None:
+            plan = stopwatch.layers(layers, self.input_example)
+        else:
+            plan = plan_layers(layers, stages, method)
         check_layers(layers, plan.bounds)
 
         def body(k: int) -> StageBody:
@@ -138,10 +150,11 @@ def plan_stages(
     *,
     num_labels: int | None,
     method: str | Sequence[Sequence[int]] | None = None,
+    times: LayerTimes | None = None,
 ) -> PartitionPlan:
     """Cut a Hugging Face model, each local head counted on the stage that has one.
 
-    ``method`` goes before ``scpl.partition``.
+    ``method`` goes before ``scpl.partition``; ``times`` are what ``time`` cuts by.
     """
     on_last = scpl.head.detach_features is not False
     head_flops = 0
@@ -149,7 +162,8 @@ def plan_stages(
         with torch.random.fork_rng(devices=[]):
             head = scpl.objective.create(hidden_size=anatomy.hidden_size, num_labels=num_labels)
         head_flops = head.flops(1, anatomy.sequence_length)
-    return make_plan(anatomy, scpl.stages, method or scpl.partition, head_flops, on_last)
+    method = method or scpl.partition
+    return make_plan(anatomy, scpl.stages, method, head_flops, on_last, times)
 
 
 class Initialized(NamedTuple):
@@ -224,7 +238,10 @@ def initialize(
     init_world(env, device, timeout_s=scpl.timeout_s)
     pipeline_ranks, dp_size = check_world(scpl, env.world_size)
     mesh = Mesh(pipeline_ranks, dp_size, device, timeout_s=scpl.timeout_s)
-    plan, make_body, num_labels = pipeline.cut(scpl, seed)
+    stopwatch = Stopwatch(scpl, section, device, seed, mesh)
+    plan, make_body, num_labels = pipeline.cut(scpl, seed, stopwatch)
+    if plan.method == "time":
+        log.info("scpl.partition: time measured and cut at layers %s", list(plan.bounds))
     engine = build_engine(
         plan, make_body, scpl, section, mesh, device,
         num_labels=num_labels, seed=seed, make_optimizer=optimizer, lr_at=lr_at,
@@ -260,8 +277,12 @@ def build_engine(
     seed: int,
     lr_at: Callable[[int], float],
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    make_channel: Callable[..., BoundaryChannel] = BoundaryChannel,
 ) -> Engine:
-    """An engine over this rank's stages of ``plan``; ``make_body`` is called for those only."""
+    """An engine over this rank's stages of ``plan``; ``make_body`` is called for those only.
+
+    ``make_channel`` takes what ``BoundaryChannel`` takes.
+    """
     section = section.at(mesh.dp_size)
     backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
     objective = registry.resolve("objective", scpl.objective.name, where="scpl.objective.name")
@@ -299,7 +320,13 @@ def build_engine(
         [stage(k) for k in stages_of_rank(plan.num_stages, mesh.pp_size)[mesh.pp_rank]],
         plan,
         mesh,
-        BoundaryChannel(mesh, device, max_in_flight=scpl.max_in_flight),
+        make_channel(
+            mesh,
+            device,
+            max_in_flight=scpl.max_in_flight,
+            transport=scpl.transport,
+            boundary_dtype=scpl.boundary_dtype,
+        ),
         section,
         schedule=functools.partial(schedule, step_in_backward=scpl.step_in_backward),
         lr_at=lr_at,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from scpl_ds import __version__
+from scpl_ds.bench import commands as commands_of_bench
 from scpl_ds.errors import BoundaryError, OtherRankFailed, RecipeError, ScplError
 
 if TYPE_CHECKING:
@@ -108,19 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for a checkpoint of engine.save_checkpoint, which has no recipe beside it",
     )
     bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
-    bench.add_argument(
-        "what", choices=("memory",), help="peak memory of every rank, beside what was predicted"
-    )
-    bench.add_argument(
-        "--suite", choices=("standard", "large", "gpu"), default="standard",
-        help="standard: GPT-2 124 M, backprop and 2-8 stages, all backends, 3 GB a rank and up to "
-        "4 ranks, about 20 minutes on 2 busy CPU cores; large: Llama 0.7 B in bf16, optimizer "
-        "offloaded, 2 ranks of 10 GB, about 8 minutes; gpu: Llama 1.5 B in bf16 on one CUDA "
-        "device, not timed yet; default: %(default)s",
-    )  # fmt: skip
-    bench.add_argument(
-        "--json", type=Path, default=None, help="write the rows to a file, after each of them"
-    )
+    commands_of_bench.add_to(bench, _bench)
     schema = add("schema", _schema, "Print the JSON schema of recipes, for editors.")
     schema.add_argument("--out", type=Path, default=None, help="write it to a file")
     return parser
@@ -216,15 +205,15 @@ def _export(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     _choose_accelerator()
-    from scpl_ds.bench import memory
 
-    def keep(rows: list[dict[str, Any]]) -> None:
+    def save(figures: Any) -> None:
         if args.json is not None:
-            _write(args.json, json.dumps(rows, indent=1) + "\n", key="--json")
+            _write(args.json, json.dumps(figures, indent=1) + "\n", key="--json")
 
     if args.json is not None:
         _write(args.json, "", key="--json", mode="a")  # refused now, not after an hour
-    sys.stdout.write(memory.render(memory.run(args.suite, on_row=keep)) + "\n")
+    text = commands_of_bench.COMMANDS[args.what].run(args, save)
+    sys.stdout.write(text + "\n")
     return 0
 
 

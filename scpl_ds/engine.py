@@ -21,6 +21,7 @@ from scpl_ds.errors import DataError
 from scpl_ds.partition.plan import PartitionPlan
 from scpl_ds.schedules import Schedule
 from scpl_ds.stage import Stage
+from scpl_ds.timeline import Timeline
 
 log = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor] | Sequence[Any] | Tensor
@@ -58,7 +59,7 @@ class Engine:
         """Samples that this first-stage rank has trained on; 0 on other ranks."""
         self.tokens_seen = 0
         """Real tokens (padding not counted) that this first-stage rank has trained on."""
-        self._channel, self.lr_at = channel, lr_at
+        self.channel, self.lr_at = channel, lr_at
         self._walk = StepWalk(
             self.stages, plan.num_stages, mesh, channel, section,
             schedule=schedule, sync=sync, clip_scope=clip_scope,
@@ -68,6 +69,15 @@ class Engine:
         self._data_iterator: Iterator[Batch] | None = None
         self._collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
         self._last_loss: Tensor | None = None
+
+    @property
+    def timeline(self) -> Timeline:
+        """What this rank did in its training steps, and when."""
+        return self._walk.timeline
+
+    def start_timeline(self, *, keep: bool) -> None:
+        """Begin a new timeline; ``keep``: every action of it, for a trace."""
+        self._walk.timeline = Timeline(keep=keep, device=self.device)
 
     # -- what DeepSpeed users ask an engine ------------------------------------------------
 
@@ -154,12 +164,12 @@ class Engine:
             self._walk.run(self.global_steps, self.lr_at(self.global_steps), self._load)
         except EndOfData:
             self._walk.discard()
-            self._channel.send_end()
-            self._channel.drain()
+            self.channel.send_end()
+            self.channel.drain()
             raise StopIteration(f"the data ended in step {self.global_steps}") from None
         except Exception as error:
             self._walk.discard()
-            self._channel.send_error(f"{type(error).__name__}: {error}")
+            self.channel.send_error(f"{type(error).__name__}: {error}")
             raise
         self.global_steps += 1
         last = self.stages[-1].metrics
@@ -213,7 +223,7 @@ class Engine:
 
     def drain(self) -> None:
         """Wait until the neighbour has taken everything this rank sent."""
-        self._channel.drain()
+        self.channel.drain()
 
     # -- evaluation ------------------------------------------------------------------------
 
@@ -271,25 +281,25 @@ class Engine:
         (ZeRO-3, FSDP2) would wait for the missing one.
         """
         call, self._eval_calls = self._eval_calls, self._eval_calls + 1
-        self._channel.reset("eval")
+        self.channel.reset("eval")
         for n in range(num_micro_batches):
             try:
                 output = self._evaluate_one(data_iter, call, n)
             except EndOfData:
-                self._channel.send_end()
-                self._channel.drain()
+                self.channel.send_end()
+                self.channel.drain()
                 raise DataError(
                     f"The evaluation data ended after {n} of {num_micro_batches} micro-batches."
                 ) from None
             except Exception as error:
-                self._channel.send_error(f"{type(error).__name__}: {error}")
+                self.channel.send_error(f"{type(error).__name__}: {error}")
                 raise
             yield output
-        self._channel.drain()
+        self.channel.drain()
 
     def _evaluate_one(self, data_iter: Iterator[Batch] | None, call: int, n: int) -> Evaluated:
         if not self.is_first_stage():
-            batch = self._channel.receive(Expected("eval", call, n))
+            batch = self.channel.receive(Expected("eval", call, n))
         elif data_iter is None:
             raise DataError("eval_batch() has no data: pass data_iter on first-stage ranks.")
         else:
@@ -303,7 +313,7 @@ class Engine:
             batch, loss = stage.evaluate(batch)
         last = self.is_last_stage()
         if not last:
-            self._channel.send(batch, "eval")
+            self.channel.send(batch, "eval")
         return Evaluated(loss, self.stages[-1].logits, batch.labels if last else None)
 
     # -- checkpoints -----------------------------------------------------------------------
@@ -369,5 +379,5 @@ class Engine:
         batch_id = int(client_state.pop("batch_id", 0))
         if not load_module_only:
             self._batch_id, self.global_steps = batch_id, int(manifest["step"])
-            self._channel.reset("train")
+            self.channel.reset("train")
         return reader.folder, client_state

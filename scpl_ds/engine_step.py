@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -16,9 +17,20 @@ from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import ScheduleError
 from scpl_ds.schedules import Backward, Forward, Load, Receive, Schedule, Send, Step
 from scpl_ds.stage import Stage
+from scpl_ds.timeline import Kind, Timeline
 
 Sync = Literal["none", "step"]
 ClipScope = Literal["stage", "global"]
+T = TypeVar("T")
+
+_KINDS: dict[type, Kind] = {
+    Load: "data",
+    Receive: "receive",
+    Forward: "forward",
+    Send: "send",
+    Backward: "backward",
+    Step: "step",
+}
 
 
 class StepWalk:
@@ -42,6 +54,7 @@ class StepWalk:
         sync: Sync,
         clip_scope: ClipScope,
     ) -> None:
+        self.timeline = Timeline()
         self._stages = {stage.index: stage for stage in stages}
         self._num_stages, self._mesh, self._channel = num_stages, mesh, channel
         self._section, self._schedule = section, schedule
@@ -58,25 +71,22 @@ class StepWalk:
         """
         micro_batches = self._section.gradient_accumulation_steps
         stepped: list[int] = []
-        batches = self._batches
         for action in self._schedule(list(self._stages), self._num_stages, micro_batches):
-            match action:
-                case Load(n):
-                    batches[n] = load(n)
-                case Receive(n):
-                    batches[n] = self._channel.receive(Expected("train", step, n))
-                case Forward(k, n):
-                    batches[n] = self._stages[k].forward(batches[n])
-                case Send(n):
-                    self._channel.send(batches[n], "train")
-                case Backward(k, n):
-                    if k == max(self._stages):
-                        del batches[n]  # sent, or nobody's: freed before the backward
-                    self._stages[k].backward(last=n == micro_batches - 1)
-                case Step(k):
-                    stepped.append(k)
-                    if self._clip_scope == "stage":
-                        self._stages[k].step(lr)
+            kind = _KINDS[type(action)]
+            start = self.timeline.begin(kind)
+            if isinstance(action, Step):
+                stepped.append(action.stage)
+                if self._clip_scope == "stage":
+                    self._stages[action.stage].step(lr)
+            else:
+                self._carry_out(action, step, load, last=action.micro_batch == micro_batches - 1)
+            self.timeline.end(
+                kind,
+                start,
+                stage=getattr(action, "stage", -1),
+                step=step,
+                micro_batch=getattr(action, "micro_batch", -1),
+            )
         if sorted(stepped) != sorted(self._stages):
             raise ScheduleError(
                 f"the schedule stepped the stages {stepped}, but this rank has "
@@ -84,10 +94,35 @@ class StepWalk:
                 "Backward(k, n)."
             )
         if self._clip_scope == "global":
-            self._step_together(lr)
+            self._step_together(step, lr)
         if self._sync == "step":
-            self._channel.drain()
-            barrier(self._mesh)
+            self._timed("sync", step, self._meet)
+
+    def _carry_out(
+        self,
+        action: Load | Receive | Forward | Send | Backward,
+        step: int,
+        load: Callable[[int], MicroBatch],
+        *,
+        last: bool,
+    ) -> None:
+        batches = self._batches
+        match action:
+            case Load(n):
+                batches[n] = load(n)
+            case Receive(n):
+                batches[n] = self._channel.receive(Expected("train", step, n))
+            case Forward(k, n):
+                batches[n] = self._stages[k].forward(batches[n])
+                if k + 1 in self._stages:
+                    batches[n] = self._channel.across(batches[n])
+            case Send(n):
+                self._channel.send(batches[n], "train")
+            case Backward(k, n):
+                if k == max(self._stages):
+                    del batches[n]  # sent, or nobody's: freed before the backward
+                self._stages[k].backward(last=last)
+                self._channel.flush()
 
     def discard(self) -> None:
         """Forget the micro-batches of a step that will not be finished."""
@@ -95,15 +130,26 @@ class StepWalk:
         for stage in self._stages.values():
             stage.discard_step()
 
-    def _step_together(self, lr: float) -> None:
+    def _step_together(self, step: int, lr: float) -> None:
         """Clip the gradients of all stages by their common norm, as backprop would."""
         stages = list(self._stages.values())
         norms = [float(stage.backend.norm()) for stage in stages]
         # A stage whose gradients are not finite is left out: in fp16 it skips its step.
         squares = sum(norm**2 for norm in norms if math.isfinite(norm))
-        total = math.sqrt(sum_over_stages(self._mesh, squares))
+        total = math.sqrt(self._timed("sync", step, lambda: sum_over_stages(self._mesh, squares)))
         factor = self._section.gradient_clipping / (total + 1e-6)  # as torch's clip_grad_norm_
         for stage, norm in zip(stages, norms, strict=True):
             clips = factor < 1 and math.isfinite(norm)
-            stage.step(lr, clip_to=(norm + 1e-6) * factor if clips else 0.0)
+            limit = (norm + 1e-6) * factor if clips else 0.0
+            self._timed("step", step, functools.partial(stage.step, lr, clip_to=limit))
             stage.metrics["global_grad_norm"] = torch.tensor(total)
+
+    def _meet(self) -> None:
+        self._channel.drain()
+        barrier(self._mesh)
+
+    def _timed(self, kind: Kind, step: int, work: Callable[[], T]) -> T:
+        start = self.timeline.begin(kind)
+        result = work()
+        self.timeline.end(kind, start, stage=-1, step=step, micro_batch=-1)
+        return result

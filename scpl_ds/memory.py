@@ -283,14 +283,14 @@ class Prediction:
         return scpl.clip_scope == "global" or not scpl.step_in_backward
 
     def _waiting(self, local_stages: int, dp_size: int, *, first: bool, last: bool) -> int:
-        """Micro-batches whose hidden states wait: a stage's input, messages not taken yet, what one
-        stage of this rank made for the next."""
+        """Micro-batches whose hidden states wait: a stage's input, the next one taken ahead,
+        messages not taken yet, what one stage of this rank made for the next."""
         w = self.workload
         waiting = 0 if first and local_stages == 1 else 1
         if local_stages > 1 and w.scpl.step_in_backward:
             waiting = max(waiting, w.section.batch(dp_size).accumulation)
         sent = 0 if last else w.scpl.max_in_flight
-        return waiting + sent
+        return waiting + sent + (0 if first else 1)
 
 
 def footprint(sharding: str, size: StageSize, setting: Setting) -> Layout:

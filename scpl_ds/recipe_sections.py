@@ -110,7 +110,7 @@ def _is_whole(value: Any) -> bool:
         return False
 
 
-_METHODS = ("flops", "parameters", "uniform")
+_METHODS = ("flops", "parameters", "uniform", "time")
 
 
 def _cuts(value: Any) -> Any:
@@ -166,11 +166,12 @@ class ScplSection(Section):
     """Ranks that one copy of the model is spread over; a rank may hold several stages. ``auto``:
     the largest number up to ``stages`` that divides the world size. What is left makes copies."""
     partition: Annotated[
-        Literal["flops", "parameters", "uniform"] | tuple[tuple[int, int], ...],
+        Literal["flops", "parameters", "uniform", "time"] | tuple[tuple[int, int], ...],
         BeforeValidator(_cuts),
     ] = "flops"
     """Where to cut: equal work (``flops``), equal memory (``parameters``), equal layer counts
-    (``uniform``), or ranges of layers such as ``[[0, 3], [3, 6]]``."""
+    (``uniform``), equal times of the layers, measured by rank 0 before the run (``time``; a resumed
+    run keeps its cut), or ranges of layers such as ``[[0, 3], [3, 6]]``."""
     objective: ObjectiveChoice = Field(
         default_factory=lambda: ObjectiveChoice.model_validate("supcon")
     )
@@ -181,7 +182,13 @@ class ScplSection(Section):
     """Order of work on a rank. ``stream`` never waits for a later stage."""
     max_in_flight: Count = 2
     """Messages that may wait at a boundary before the sender pauses; each holds one micro-batch of
-    hidden states."""
+    hidden states, and so does the one that the receiver takes ahead."""
+    transport: Literal["auto", "nccl", "gloo"] = "auto"
+    """What carries them: ``nccl`` from GPU to GPU (two GPUs have not been tried yet), ``gloo``
+    through host memory; ``auto``: nccl where every rank has a GPU of its own."""
+    boundary_dtype: Literal["bf16", "fp16", "fp8", "int8"] | None = None
+    """Hidden states cross a boundary in this dtype in training (fp8 and int8 with a scale a row).
+    No gradient depends on it, but it changes what the next stage learns from."""
     step_in_backward: bool = True
     """With gradient accumulation and several stages on a rank: all micro-batches through one stage,
     then its optimizer step, before the next stage begins, so that only one stage has gradients.
@@ -310,9 +317,13 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(not_bool)] = 42
     """Seed of new weights, data order and dropout."""
     dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0
-    """Processes that prepare batches; 0 does it in the training process."""
+    """Processes that prepare batches ahead; 0: this one does, for a GPU in a thread of its own."""
     disable_tqdm: bool = False
     """No live progress display; log lines stay."""
+    profile: bool = False
+    """Write a trace and a picture of who did what when into ``profile/`` in the run folder."""
+    profile_steps: tuple[Count, Count] = (3, 22)
+    """Of which steps of this run (first, last; the step it begins with is 1)."""
     export: bool = True
     """Write the trained model as an ordinary Hugging Face folder at the end."""
     export_dir: HomePath | None = None
@@ -377,6 +388,8 @@ class TrainSection(Section):
                 )
         if self.warmup_steps and self.warmup_ratio:
             problems.append(Problem("warmup_ratio", "set warmup_steps or warmup_ratio, not both"))
+        if self.profile_steps[0] > self.profile_steps[1]:
+            problems.append(Problem("profile_steps", "the first step comes after the last one"))
         if self.max_steps == 0:
             problems.append(Problem("max_steps", "0 steps train nothing; use -1 to go by epochs"))
         if problems:

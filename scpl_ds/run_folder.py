@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "sa
 
 
 class RunFolder:
-    """``recipe.yaml plan.txt model/ logs/ metrics.jsonl checkpoint-N/ latest export/
+    """``recipe.yaml plan.txt model/ logs/ metrics.jsonl checkpoint-N/ latest export/ profile/
     result.json``."""
 
     def __init__(self, path: Path) -> None:
@@ -43,6 +43,11 @@ class RunFolder:
 
     def log_file(self, rank: int) -> Path:
         return self.path / "logs" / f"rank{rank}.log"
+
+    @property
+    def profile(self) -> Path:
+        """``trace.json``, ``timeline.svg`` and ``shares.json``, with ``train.profile``."""
+        return self.path / "profile"
 
     @property
     def plan(self) -> Path:

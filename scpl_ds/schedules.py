@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from scpl_ds.errors import ScheduleError
+from scpl_ds.simulation import Lane, Slot, Work, lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,108 +119,234 @@ def one_f_one_b(
         yield Backward(k, n)
 
 
-class Slot(NamedTuple):
-    """One forward or backward, placed in time."""
+def gpipe(local_stages: Sequence[int], num_stages: int, num_micro_batches: int) -> Iterator[Action]:
+    """All forwards, then all backwards, the latest first: GPipe, arXiv:1811.06965. For drawings and
+    predictions."""
+    (k,) = local_stages
+    for n in range(num_micro_batches):
+        yield Forward(k, n)
+    for n in reversed(range(num_micro_batches)):
+        yield Backward(k, n)
 
-    stage: int
-    micro_batch: int
-    kind: str
-    """``F`` or ``B``."""
-    start: int
-    end: int
+
+@dataclasses.dataclass(frozen=True)
+class Priorities:
+    """An order that is found while time passes: a free rank takes a forward that may and can begin,
+    or else a backward, or else a weight gradient that was put off.
+
+    With several stages on a rank, micro-batches go in groups of as many as there are ranks through
+    one local stage after the other, as in interleaved 1F1B (arXiv:2104.04473).
+    """
+
+    in_flight: Callable[[int, int, int], int]
+    """``(rank, ranks, stages of a rank)`` -> forwards that may wait for their backward. Where that
+    many do, a forward may not begin: one forward, one backward."""
+    split_backward: bool = False
+    """A backward gives the input's gradient (``B``, which the stage before waits for) and later
+    the weights' (``W``, for which nobody waits), kept for as many micro-batches as there are
+    ranks: arXiv:2401.10241."""
+
+    def queues(self, local_stages: Sequence[int], ranks: int, numbers: range) -> list[list[Work]]:
+        """What is to be done on a rank in one step, a queue for each kind, dearest first."""
+        first = numbers.start
+        groups = [numbers[at : at + ranks] for at in range(0, len(numbers), ranks)]
+        ahead = [(k, n) for group in groups for k in local_stages for n in group]
+        back = [(k, n) for group in groups for k in reversed(local_stages) for n in group]
+        kinds = [("F", ahead), ("B", back), *([("W", back)] if self.split_backward else [])]
+        queues = [[Work(kind, k, n) for k, n in pairs] for kind, pairs in kinds]
+        return [*queues, [Work("S", k, first) for k in local_stages]]
+
+
+def _open_limit(rank: int, ranks: int, local_stages: int) -> int:
+    """One more than Megatron's warm-up; with one stage a rank that of plain 1F1B."""
+    if local_stages == 1:
+        return ranks - rank
+    return 2 * (ranks - rank - 1) + (local_stages - 1) * ranks + 1
+
+
+interleaved = Priorities(_open_limit)
+"""1F1B with several stages on a rank, for a ``looped`` placement: Narayanan et al. 2021,
+arXiv:2104.04473."""
+
+zero_bubble = Priorities(_open_limit, split_backward=True)
+"""ZB-H1, which holds no more activations than 1F1B: Qi et al. 2023, arXiv:2401.10241.
+Waits (K - 1)(F + B - W) a step where the three take equally long, and about that where a weight
+gradient takes no longer than a forward. No rank waits for a global norm."""
+
+
+def looped(num_stages: int, ranks: int) -> list[list[int]]:
+    """Rank r has the stages r, r + ranks, r + 2 ranks ...: the placement of interleaved 1F1B."""
+    return [list(range(r, num_stages, ranks)) for r in range(ranks)]
+
+
+def v_shaped(ranks: int) -> list[list[int]]:
+    """Two stages a rank, there and back: rank r has r and 2 ranks - 1 - r."""
+    return [[r, 2 * ranks - 1 - r] for r in range(ranks)]
+
+
+Durations = float | Sequence[float]
 
 
 def simulate(
-    schedule: Schedule,
+    schedule: Schedule | Priorities,
     num_stages: int,
     num_micro_batches: int,
     *,
-    forward: int = 1,
-    backward: int = 2,
+    forward: Durations = 1,
+    backward: Durations = 2,
     gradients_travel_back: bool = False,
+    message: float = 0,
+    head: Durations = 0,
+    step: Durations = 0,
+    num_steps: int = 1,
+    weight_share: float = 0.5,
+    placement: Sequence[Sequence[int]] | None = None,
 ) -> list[Slot]:
-    """When each forward and backward of one step runs, one rank a stage, messages free.
+    """When every piece of work of a run runs, in any unit of time.
+
+    A rank does one thing at a time and begins it as soon as it can. A stage begins a step when it
+    has ended the step before; no rank waits for another one's optimizer.
 
     Args:
-        forward: Length of a forward, in any unit of time.
-        backward: Length of a backward, in the same unit.
+        schedule: The order of each rank's work, or the priorities it follows.
+        num_stages: Stages of the whole model.
+        num_micro_batches: Micro-batches of one optimizer step.
+        forward: Length of a forward: one for all stages, or one for each.
+        backward: Length of a whole backward, likewise.
         gradients_travel_back: A backward also needs the next stage's backward (backprop).
+        message: How much later the next rank has an output, and the rank before a gradient. The
+            sender goes on meanwhile; nothing is to be sent inside a rank.
+        head: Length of a local objective, a third of it before the output leaves (the engine sends
+            when the forward has given its loss) and two thirds in backward. As for ``forward``.
+        step: Length of an optimizer step, likewise.
+        num_steps: Optimizer steps, one after the other.
+        weight_share: With a split backward, the weight gradient's share of it.
+        placement: The stages of each rank; None is one stage a rank.
+
+    Returns:
+        By start; work that takes no time is left out. Micro-batches are counted on from step to
+        step.
 
     Raises:
-        ScheduleError: No stage can go on although work is left (a deadlock), or the schedule
-            computes a micro-batch twice or not at all.
+        ScheduleError: No rank can go on although work is left (a deadlock), the schedule computes a
+            micro-batch twice or not at all, or a sequence has another length than ``num_stages``.
     """
-    todo = [
-        [
-            a
-            for a in schedule([k], num_stages, num_micro_batches)
-            if isinstance(a, Forward | Backward)
-        ]
-        for k in range(num_stages)
-    ]
-    wanted = 2 * num_micro_batches
-    for k, actions in enumerate(todo):
-        if len(set(actions)) != len(actions) or len(actions) != wanted:
+    ranks = [[k] for k in range(num_stages)] if placement is None else placement
+    if sorted(k for local in ranks for k in local) != list(range(num_stages)):
+        raise ScheduleError(
+            f"placement {[list(r) for r in ranks]} must name each of {num_stages} stages once."
+        )
+    split = isinstance(schedule, Priorities) and schedule.split_backward
+    heads = _each("head", head, num_stages)
+    pairs = zip(_each("forward", forward, num_stages), heads, strict=True)
+    ahead = [f + h / 3 if h else f for f, h in pairs]
+    pairs = zip(_each("backward", backward, num_stages), heads, strict=True)
+    whole = [b + h * 2 / 3 if h else b for b, h in pairs]
+    lengths = {"F": ahead, "B": whole, "S": _each("step", step, num_stages)}
+    if split:
+        lengths["W"] = [b * weight_share for b in whole]
+        lengths["B"] = [b * (1 - weight_share) for b in whole]
+    lanes: list[Lane] = []
+    for r, local in enumerate(ranks):
+        queues: list[list[Work]] = []
+        for s in range(num_steps):
+            numbers = range(s * num_micro_batches, (s + 1) * num_micro_batches)
+            if isinstance(schedule, Priorities):
+                more = schedule.queues(local, len(ranks), numbers)
+            else:
+                more = [_ordered(schedule, local, num_stages, numbers)]
+            queues = [a + b for a, b in zip(queues or [[] for _ in more], more, strict=True)]
+        limit = None
+        if isinstance(schedule, Priorities):
+            limit = schedule.in_flight(r, len(ranks), len(local))
+        lanes.append(Lane(queues, limit, len(ranks) if split else None))
+    owner = {k: r for r, local in enumerate(ranks) for k in local}
+    parts = ("B", "W") if split else ("B",)
+
+    def needs(work: Work) -> list[tuple[Work, float]]:
+        """What must have ended, and how much later that is known here."""
+        kind, k, n = work
+        if kind == "F":
+            found = [(Work("F", k - 1, n), k - 1)] if k > 0 else []
+            if n % num_micro_batches == 0 and n > 0:
+                found.append((Work("S", k, n - num_micro_batches), k))
+        elif kind == "B":
+            found = [(Work("F", k, n), k)]
+            if gradients_travel_back and k < num_stages - 1:
+                found.append((Work("B", k + 1, n), k + 1))
+        elif kind == "W":
+            found = [(Work("B", k, n), k)]
+        else:
+            found = [(Work(kind, k, n + i), k) for kind in parts for i in range(num_micro_batches)]
+        return [(other, 0 if owner[at] == owner[k] else message) for other, at in found]
+
+    slots = lay_out(lanes, lengths, needs, owner)
+    return sorted((s for s in slots if s.end > s.start), key=lambda s: (s.start, s.stage))
+
+
+def _each(name: str, value: Durations, num_stages: int) -> list[float]:
+    each: list[float] = [*value] if isinstance(value, Sequence) else [value] * num_stages
+    if len(each) != num_stages:
+        raise ScheduleError(f"{name} has {len(each)} numbers, but there are {num_stages} stages.")
+    return each
+
+
+def _ordered(
+    schedule: Schedule, local: Sequence[int], num_stages: int, numbers: range
+) -> list[Work]:
+    """One step of a rank in the schedule's order; a step that it does not mention comes last."""
+    found: list[Work] = []
+    for action in schedule(list(local), num_stages, len(numbers)):
+        if isinstance(action, Forward | Backward):
+            kind = "F" if isinstance(action, Forward) else "B"
+            found.append(Work(kind, action.stage, numbers.start + action.micro_batch))
+        elif isinstance(action, Step):
+            found.append(Work("S", action.stage, numbers.start))
+    if strange := {work.stage for work in found} - set(local):
+        raise ScheduleError(
+            f"the schedule of the rank with stages {list(local)} computes stage {min(strange)}, "
+            "which is not on it."
+        )
+    for k in local:
+        computed = [w for w in found if w.stage == k and w.kind != "S"]
+        if len(set(computed)) != len(computed) or len(computed) != 2 * len(numbers):
             raise ScheduleError(
-                f"stage {k} computes {len(set(actions))} different things in {len(actions)} "
-                f"actions; {num_micro_batches} micro-batches need {wanted}, each once."
+                f"stage {k} computes {len(set(computed))} different things in {len(computed)} "
+                f"actions; {len(numbers)} micro-batches need {2 * len(numbers)}, each once."
             )
-    done: dict[Action, int] = {}
-    free = [0] * num_stages
-    slots: list[Slot] = []
-    while any(todo):
-        progress = False
-        for k, actions in enumerate(todo):
-            while actions and all(
-                need in done for need in _needs(actions[0], num_stages, gradients_travel_back)
-            ):
-                action = actions.pop(0)
-                needs = _needs(action, num_stages, gradients_travel_back)
-                start = max([free[k], *(done[need] for need in needs)])
-                is_forward = isinstance(action, Forward)
-                free[k] = done[action] = start + (forward if is_forward else backward)
-                kind = "F" if is_forward else "B"
-                slots.append(Slot(k, action.micro_batch, kind, start, free[k]))
-                progress = True
-        if not progress:
-            stuck = {k: actions[0] for k, actions in enumerate(todo) if actions}
-            raise ScheduleError(f"deadlock: no stage can go on; they wait at {stuck}.")
-    return sorted(slots, key=lambda s: (s.start, s.stage))
+    return found + [w for k in local if (w := Work("S", k, numbers.start)) not in found]
 
 
-def _needs(action: Forward | Backward, num_stages: int, travel_back: bool) -> list[Action]:
-    k, n = action.stage, action.micro_batch
-    if isinstance(action, Forward):
-        return [Forward(k - 1, n)] if k > 0 else []
-    needs: list[Action] = [Forward(k, n)]
-    if travel_back and k < num_stages - 1:
-        needs.append(Backward(k + 1, n))
-    return needs
-
-
-def length(slots: Sequence[Slot]) -> int:
-    """How long the step takes, from the first start to the last end."""
+def length(slots: Sequence[Slot]) -> float:
+    """How long it all takes, from the first start to the last end."""
     return max(slot.end for slot in slots) - min(slot.start for slot in slots)
 
 
 def bubble_fraction(slots: Sequence[Slot]) -> float:
-    """Share of the stages' time in which they do nothing, over one flushed step."""
-    stages = len({slot.stage for slot in slots})
+    """Share of the ranks' time in which they do nothing, from the first start to the last end."""
+    ranks = len({slot.rank for slot in slots})
     busy = sum(slot.end - slot.start for slot in slots)
-    return 1 - busy / (stages * length(slots))
+    return 1 - busy / (ranks * length(slots))
 
 
 def render(slots: Sequence[Slot], *, width: int = 3) -> str:
-    """The timeline as text, a line a stage: ``F0`` a forward, ``B0 ==`` a backward of two units."""
+    """The timeline as text, a line a stage: ``F0`` a forward, ``B0 ==`` a backward of two units.
+
+    Raises:
+        ScheduleError: Something does not start or end at a whole unit of time.
+    """
+    if not all(float(at).is_integer() for slot in slots for at in (slot.start, slot.end)):
+        raise ScheduleError("only whole units can be drawn; simulate with whole numbers.")
     stages = max(slot.stage for slot in slots) + 1
-    total = max(slot.end for slot in slots)
+    total = int(max(slot.end for slot in slots))
     lines = []
     for k in range(stages):
         cells = [""] * total
         for slot in slots:
+            start, end = int(slot.start), int(slot.end)
             if slot.stage == k:
-                cells[slot.start] = f"{slot.kind}{slot.micro_batch}"
-                cells[slot.start + 1 : slot.end] = ["=="] * (slot.end - slot.start - 1)
+                cells[start] = f"{slot.kind}{slot.micro_batch}"
+                cells[start + 1 : end] = ["=="] * (end - start - 1)
         lines.append(f"stage {k} |" + "".join(cell.ljust(width) for cell in cells).rstrip())
     return "\n".join(lines)
 
@@ -231,6 +357,6 @@ def render_both(num_stages: int, num_micro_batches: int) -> str:
     ours = simulate(stream, num_stages, num_micro_batches)
     titles = ("1F1B with backprop: gradients travel back", "scpl_ds: every stage learns on its own")
     return "\n\n".join(
-        f"{title:<58} {length(slots):>4} units\n{render(slots)}"
+        f"{title:<58} {length(slots):>4g} units\n{render(slots)}"
         for title, slots in zip(titles, (rival, ours), strict=True)
     )

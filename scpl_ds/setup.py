@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from scpl_ds import registry
+from scpl_ds import checkpoint, registry
 from scpl_ds.build import build_engine, plan_stages, stage_section
+from scpl_ds.build_times import Stopwatch, from_rank_0
 from scpl_ds.data._base import DataOptions, check_labels
 from scpl_ds.data._columns import ColumnOptions
 from scpl_ds.data.demo import resolve_model_path
@@ -27,8 +29,9 @@ from scpl_ds.errors import CheckpointError, DataError, OtherRankFailed, RecipeEr
 from scpl_ds.optim import lr_schedule
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
+from scpl_ds.partition.footprint import longest_sequence
 from scpl_ds.partition.loading import load_stage
-from scpl_ds.partition.plan import PartitionPlan
+from scpl_ds.partition.plan import LayerTimes, PartitionPlan
 from scpl_ds.partition.prepare import prepare
 from scpl_ds.partition.stage_module import StageModule
 from scpl_ds.recipe import Recipe, check_world
@@ -37,6 +40,9 @@ from scpl_ds.stage import as_body
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+AHEAD = 2
+"""Micro-batches that are ready before a GPU asks for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,10 @@ class Facts:
     num_eval: int
     majority_accuracy: float | None
     """Accuracy of always answering the most frequent label of the evaluation split."""
+    times: LayerTimes | None = None
+    """With ``scpl.partition: time``, what rank 0 measured."""
+    kept_bounds: tuple[int, ...] | None = None
+    """Or the cut that a resumed or scored run has already."""
 
 
 @dataclasses.dataclass
@@ -127,10 +137,44 @@ def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Dat
             needed.
     """
     data = together(mesh, lambda: _read(recipe, trained) if mesh.pp_rank == 0 else None)
-    facts = broadcast_object(mesh, data.facts if data is not None else None)
+    facts: Facts = broadcast_object(mesh, data.facts if data is not None else None)
+    if recipe.scpl.partition == "time":
+        facts = from_rank_0(mesh, lambda: _with_cut(recipe, facts, trained))
     if data is None:
         return Data(facts, None, range(facts.num_train), range(facts.num_eval))
+    data.facts = facts
     return data
+
+
+def _with_cut(recipe: Recipe, facts: Facts, trained: Path | None) -> Facts:
+    """What ``scpl.partition: time`` cuts by. Times are never the same twice, so a run that goes on
+    keeps the cut of its checkpoint: another one would give other numbers."""
+    resume = recipe.train.resume_from_checkpoint
+    folder = None if trained is None else trained.parent
+    if folder is None and resume is not False:
+        folder = checkpoint.resolve(recipe.output_dir if resume is True else Path(resume))
+    if folder is not None:
+        manifest = checkpoint.Reader(folder).manifest
+        bounds, written = manifest["bounds"], manifest["client_state"].get("recipe") or {}
+        by_time = written.get("scpl", {}).get("partition") == "time"
+        if len(bounds) - 1 == recipe.scpl.stages and (by_time or trained is not None):
+            log.info("scpl.partition: time keeps the cut of %s, at layers %s", folder, bounds)
+            return dataclasses.replace(facts, kept_bounds=tuple(bounds))
+    return dataclasses.replace(facts, times=_measure(recipe, *_anatomy(recipe, facts)))
+
+
+def _measure(recipe: Recipe, config: Any, anatomy: Anatomy) -> LayerTimes:
+    stopwatch = Stopwatch(recipe.scpl, recipe.deepspeed, pick_device(RankEnv.current()))
+    section = recipe.train.model_copy(update={"torch_compile": False})
+    asked = getattr(recipe.data.options, "max_length", anatomy.sequence_length)
+    return stopwatch.config(
+        config,
+        recipe.model.task,
+        anatomy,
+        sequence_length=longest_sequence(config, asked),
+        attn_implementation=recipe.model.attn_implementation,
+        prepare=lambda stage: prepare(stage, section),
+    )
 
 
 def _read(recipe: Recipe, trained: Path | None) -> Data:
@@ -205,21 +249,35 @@ def _options(recipe: Recipe) -> DataOptions:
 def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
     """Config, anatomy and plan of the recipe's model; reads no weights and needs no process group.
 
+    With ``scpl.partition: time`` several ranks need ``facts``, which say what rank 0 measured;
+    without them this process measures.
+
     Raises:
         PartitionError: The model cannot be cut as asked.
     """
+    config, anatomy = _anatomy(recipe, facts)
+    times, kept = (None, None) if facts is None else (facts.times, facts.kept_bounds)
+    if recipe.scpl.partition == "time" and times is None and kept is None:
+        times = _measure(recipe, config, anatomy)  # `scpl-ds plan`: no ranks to agree with
+    method = None if kept is None else list(itertools.pairwise(kept))
+    plan = plan_stages(
+        anatomy, recipe.scpl, num_labels=config.num_labels, method=method, times=times
+    )
+    if kept is not None:
+        plan = dataclasses.replace(plan, method="time")
+    return Model(resolve_model_path(recipe.model.name_or_path), config, anatomy, plan)
+
+
+def _anatomy(recipe: Recipe, facts: Facts | None) -> tuple[Any, Anatomy]:
     model = recipe.model
-    path = resolve_model_path(model.name_or_path)
     config = load_config(
-        path,
+        resolve_model_path(model.name_or_path),
         revision=model.revision,
         num_labels=facts.num_labels if facts else model.num_labels,
         label_names=facts.label_names if facts else (),
         pad_token_id=facts.pad_token_id if facts else None,
     )
-    anatomy = anatomy_of(config, model.task, attn_implementation=model.attn_implementation)
-    plan = plan_stages(anatomy, recipe.scpl, num_labels=config.num_labels)
-    return Model(path, config, anatomy, plan)
+    return config, anatomy_of(config, model.task, attn_implementation=model.attn_implementation)
 
 
 def draw_schedule(recipe: Recipe, num_stages: int, num_micro_batches: int) -> str:
@@ -270,15 +328,24 @@ def make_engine(
     )
 
 
-def make_loaders(recipe: Recipe, data: Data, mesh: Mesh) -> tuple[BatchLoader, BatchLoader | None]:
-    """Training and evaluation loaders. On ranks that read no data they only count."""
+def make_loaders(
+    recipe: Recipe, data: Data, mesh: Mesh, device: torch.device
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """Training and evaluation loaders. On ranks that read no data they only count.
+
+    For a GPU a thread collates ahead into pinned memory. Beside a CPU's milliseconds to seconds a
+    step the fraction of one that collating takes is not worth a thread (docs/profiling.md).
+    """
     sizes = recipe.deepspeed.batch(mesh.dp_size)
+    cuda = device.type == "cuda"
     train = BatchLoader(
         data.train,
         micro_batch_size=sizes.micro_batch,
         shuffle=True,
         drop_last=True,
         global_batch_size=sizes.global_batch,
+        ahead=AHEAD if cuda else 0,
+        pin_memory=cuda,
         **_loading(recipe, data, mesh),
     )
     return train, make_eval_loader(recipe, data, mesh)

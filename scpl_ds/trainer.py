@@ -14,21 +14,17 @@ import torch
 
 from scpl_ds import checkpoint, export
 from scpl_ds.data.loader import BatchLoader
-from scpl_ds.distributed.collectives import (
-    MetricsMailbox,
-    barrier,
-    broadcast_object,
-    gather_objects,
-)
+from scpl_ds.distributed.collectives import barrier, broadcast_object
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
 from scpl_ds.evaluation import evaluate, score_model
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
-from scpl_ds.meter import MemoryWatch, Meter, peak_memory_gib
+from scpl_ds.meter import MemoryWatch
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.recipe import Recipe
+from scpl_ds.reporting import Reporter
 from scpl_ds.run_folder import RunFolder, versions
 from scpl_ds.setup import (
     Data,
@@ -99,7 +95,7 @@ class Run:
         self.data: Data = load_data(recipe, mesh)
         self.model: Model = together(mesh, lambda: cut_model(recipe, self.data.facts))
         self.train_loader, self.eval_loader = together(
-            mesh, lambda: make_loaders(recipe, self.data, mesh)
+            mesh, lambda: make_loaders(recipe, self.data, mesh, device)
         )
         self.progress = self._plan_steps()
         self.memory = MemoryWatch(device)
@@ -122,8 +118,9 @@ class Run:
         if self.is_main:
             self._banner()
         self.trackers = self._make_trackers(resuming=resuming)
-        self.mailbox = MetricsMailbox(mesh)
-        self.meter = Meter(device)
+        self.report = Reporter(
+            self.engine, self.memory, self.trackers, profile_steps=self._profile_steps()
+        )
         self.last_eval: dict[str, float] = {}
 
     # -- before the first step -------------------------------------------------------------
@@ -232,6 +229,12 @@ class Run:
         )
         return trackers
 
+    def _profile_steps(self) -> range | None:
+        """Counted from where this run begins: a resumed one is profiled too."""
+        first, last = self.recipe.train.profile_steps
+        done = self.progress.done
+        return range(done + first, done + last + 1) if self.recipe.train.profile else None
+
     # -- the loop --------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
@@ -246,38 +249,30 @@ class Run:
     def _fit(self) -> dict[str, Any]:
         train, progress = self.recipe.train, self.progress
         batches = iter(self.train_loader) if self.engine.is_first_stage() else None
-        self.meter.restart()
-        self.memory.restart()
+        self.report.start()
         if progress.done >= progress.total_steps:
-            self._nothing_left()
+            with self.report.paused():
+                self._nothing_left()
         for step in range(progress.done + 1, progress.total_steps + 1):
-            before = (self.engine.samples_seen, self.engine.tokens_seen)
-            self.engine.train_batch(batches)
-            self.meter.update(
-                (self.engine.samples_seen - before[0]) * self.mesh.dp_size,
-                (self.engine.tokens_seen - before[1]) * self.mesh.dp_size,
-            )
-            self.trackers.tick(step)
+            with self.report.step(step):
+                self.engine.train_batch(batches)
             last = step == progress.total_steps
             if step % train.logging_steps == 0 or last:
-                self._post(step)
-            self._show()
+                extra = {"lr": self.engine.lr_at(step - 1), "epoch": progress.epoch(step)}
+                self.report.post(step, extra)
+            self.report.show()
             if self.eval_loader is not None and (
                 progress.due(train.eval_strategy, train.eval_steps, step)
                 or (last and train.eval_strategy != "no")
             ):
-                with self.meter.paused(), self.memory.paused():
+                with self.report.paused():
                     self._evaluate(step)
             if progress.due(train.save_strategy, train.save_steps, step) or (
                 last and (train.save_strategy != "no" or train.export)
             ):
-                with self.meter.paused(), self.memory.paused():
+                with self.report.paused():
                     self._save(step)
-        with self.meter.paused():
-            self.engine.drain()
-            barrier(self.mesh)
-            self._show()
-            return self._finish()
+        return self._finish()
 
     def _nothing_left(self) -> None:
         """Resumed behind the last step: give the result that the run would have ended with."""
@@ -293,23 +288,11 @@ class Run:
         if train.export:
             self._save(done)
 
-    def _post(self, step: int) -> None:
-        values = {name: float(value) for name, value in self.engine.metrics().items()}
-        if self.is_main:
-            values |= self.meter.window()
-            values |= {"lr": self.engine.lr_at(step - 1), "epoch": self.progress.epoch(step)}
-        values["perf/peak_memory_gib"] = peak_memory_gib(self.device)
-        self.mailbox.post(step, values)
-
-    def _show(self) -> None:
-        for step, values in self.mailbox.poll():
-            self.trackers.log(values, step)
-
     def _evaluate(self, step: int) -> None:
         assert self.eval_loader is not None
         self.engine.drain()
         self.last_eval = evaluate(self.engine, self.eval_loader).metrics()
-        self._show()  # everything up to this step has been posted: keep the step axis monotonic
+        self.report.show()  # all up to this step has been posted: keep the step axis monotonic
         self.trackers.log(self.last_eval, step)
 
     def _save(self, step: int) -> None:
@@ -330,11 +313,11 @@ class Run:
     # -- after the last step ---------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
-        totals, seconds = self.meter.total(), self.meter.seconds
-        peaks = gather_objects(self.mesh, self.memory.peak())
+        totals = self.report.finish(self.folder)
         if self.is_main and self.engine.global_steps > self.progress.done:
             work = Workload.of(self.recipe, self.model, self.device.type)
-            log.info("%s", compare(work, peaks, self.mesh.pp_size, self.mesh.dp_size))
+            log.info("%s", compare(work, totals.peaks, self.mesh.pp_size, self.mesh.dp_size))
+            self.report.log_shares(totals)
         stages, steps = self.engine.num_stages, self.engine.global_steps
         self._free_engine()
         exported = together(self.mesh, self._export)
@@ -348,9 +331,7 @@ class Run:
                 "stages": stages,
                 "ranks": self.mesh.world_size,
                 "steps": steps,
-                "samples_per_s": totals["perf/samples_per_s"],
-                "tokens_per_s": totals["perf/tokens_per_s"],
-                "train_seconds": seconds,
+                **totals.for_result(),
                 "export_dir": None if exported is None else str(exported),
                 "run_dir": str(self.folder.path),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -362,7 +343,7 @@ class Run:
         """Make room for the whole model, which may need what all ranks of this device held."""
         while self.engine.stages:
             self.engine.stages.pop().backend.close()
-        del self.engine
+        del self.engine, self.report
         gc.collect()  # stages and handlers refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

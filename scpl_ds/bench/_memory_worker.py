@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scpl_ds import registry
-from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.world import shut_down
 from scpl_ds.engine import Engine
 from scpl_ds.memory import Workload, predict
@@ -29,7 +27,7 @@ def main(recipe_file: str, out: str, steps: int) -> None:
     workload = Workload.of(recipe, model, device.type)
     ranks = predict(workload, pipeline_ranks=mesh.pp_size, dp_size=mesh.dp_size)
     predicted = ranks[mesh.pp_rank]
-    _warm_up(recipe, mesh, device)
+    _warm_up(device)
     gc.collect()
     if device.type == "cpu":
         give_back_freed_memory()  # so that the resident set is what is alive
@@ -64,9 +62,9 @@ def main(recipe_file: str, out: str, steps: int) -> None:
     shut_down()
 
 
-def _warm_up(recipe: Recipe, mesh: Mesh, device: torch.device) -> None:
-    """Load what libraries load on first use, so that it is not counted as the run's."""
-    registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding").start(mesh)
+def _warm_up(device: torch.device) -> None:
+    """Load what libraries load on first use, so that it is not counted as the run's; the backend
+    has loaded its own in ``start_world``."""
     layer = torch.nn.Linear(64, 64, device=device)
     layer(torch.randn(64, 64, device=device)).sum().backward()
     torch.optim.AdamW(layer.parameters(), fused=True).step()

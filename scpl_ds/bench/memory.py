@@ -7,6 +7,7 @@ with one stage: the task loss through all layers, equal to a plain loop to the b
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -129,6 +130,11 @@ def run(
             if on_row is not None:
                 on_row(rows)
     return rows
+
+
+def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
+    """``scpl-ds bench memory``."""
+    return render(run(args.suite, on_row=save))
 
 
 def recipe_of(case: Case, shape: Shape, model: Path) -> dict[str, Any]:

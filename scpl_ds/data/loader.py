@@ -7,8 +7,10 @@ global samples can go on with any D, and nothing but n has to be saved.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,10 @@ class BatchLoader:
         collate: List of samples -> batch.
         drop_last: Training (True) or evaluation (False), see above.
         num_workers: Processes that prepare batches ahead; 0 prepares in this one.
+        ahead: With 0 workers, batches that a thread has ready, so that collating is never in the
+            way; 0 collates when a batch is asked for. ``collate`` and the dataset must then not
+            draw from torch's global random numbers, which training draws from at the same time.
+        pin_memory: In page-locked memory, which a CUDA device reads without waiting.
         global_batch_size: Samples per optimizer step over all ranks. Given, an epoch ends at a
             whole step and holds the same samples for every ``dp_size``; None ends it at a whole
             micro-batch over all ranks.
@@ -69,6 +75,8 @@ class BatchLoader:
         collate: Callable[[list[Any]], Batch],
         drop_last: bool,
         num_workers: int = 0,
+        ahead: int = 0,
+        pin_memory: bool = False,
         global_batch_size: int | None = None,
     ) -> None:
         if not isinstance(dataset, Sized):
@@ -89,7 +97,7 @@ class BatchLoader:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.collate = collate
-        self.num_workers = num_workers
+        self.num_workers, self.ahead, self.pin_memory = num_workers, ahead, pin_memory
         self.block = micro_batch_size * dp_size
         """Samples of one micro-batch over all ranks."""
         unit = global_batch_size or self.block
@@ -210,15 +218,46 @@ class BatchLoader:
 
     def _load(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
         if self.num_workers == 0:
-            return (self.collate([self.dataset[i] for i in chunk]) for chunk in indices)
+            if self.ahead:
+                return _ahead(self._make, indices, self.ahead)
+            return (self._make(chunk) for chunk in indices)
         return iter(
             DataLoader(
                 self.dataset,
                 batch_sampler=_Once(indices),  # pyright: ignore[reportArgumentType]
                 num_workers=self.num_workers,
                 collate_fn=self.collate,
+                pin_memory=self.pin_memory,
             )
         )
+
+    def _make(self, chunk: list[int]) -> Batch:
+        batch = self.collate([self.dataset[i] for i in chunk])
+        if not self.pin_memory:
+            return batch
+        return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+
+def _ahead(
+    make: Callable[[list[int]], Batch], chunks: Iterator[list[int]], count: int
+) -> Iterator[Batch]:
+    """``map(make, chunks)`` by a thread that is ``count`` batches ahead.
+
+    It begins at the first ``next``, so that a process that forks before has no thread, and ends
+    when this iterator is closed or forgotten. An error comes out where its batch would have.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        coming = collections.deque(
+            thread.submit(make, chunk) for chunk in itertools.islice(chunks, count)
+        )
+        try:
+            while coming:
+                batch = coming.popleft()
+                coming.extend(thread.submit(make, chunk) for chunk in itertools.islice(chunks, 1))
+                yield batch.result()
+        finally:
+            for batch in coming:
+                batch.cancel()
 
 
 class _Once:

@@ -3,6 +3,7 @@ waiting."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,39 +18,89 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.errors import BoundaryError
 
 
+class _Leaving:
+    """Numbers of one step on their way to the host; asking whether they have arrived costs
+    nothing."""
+
+    def __init__(self, values: Mapping[str, float | Tensor]) -> None:
+        on_device = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Tensor) and value.device.type == "cuda"
+        }
+        self._names = list(on_device)
+        self._values = {n: float(v) for n, v in values.items() if n not in on_device}
+        self._order = list(values)
+        self._copy = torch.empty(0)
+        self._event: Any = None
+        if on_device:
+            # One copy for all; doubles hold every narrower number exactly.
+            stacked = torch.stack([v.detach().double().reshape(()) for v in on_device.values()])
+            self._copy = torch.empty(len(on_device), dtype=torch.float64, pin_memory=True)
+            self._copy.copy_(stacked, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(stacked.device))
+
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def read(self) -> dict[str, float]:
+        """In the order they were given; waits for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+        values = self._values | dict(zip(self._names, self._copy.tolist(), strict=True))
+        return {name: values[name] for name in self._order}
+
+
 class MetricsMailbox:
     """Every rank leaves its numbers of a logging step; rank 0 takes them once all have arrived.
 
     Nobody waits: an early stage may be several steps ahead of the last one, and a collective
-    here would flush the pipeline. The words go through the rendezvous store, not through the
-    boundaries, so they never stand in an activation's way.
+    here would flush the pipeline. Nor is the device waited for: what is still being computed is
+    sent at a later ``poll``, which every rank therefore calls. The words go through the rendezvous
+    store, not through the boundaries, so they never stand in an activation's way.
     """
 
     def __init__(self, mesh: Mesh, *, name: str = "metrics") -> None:
         self._mesh, self._name = mesh, name
         self._store = _get_default_store()
         self._pending: list[int] = []
+        self._leaving: collections.deque[tuple[int, _Leaving]] = collections.deque()
 
     def _key(self, step: int, rank: int) -> str:
         return f"scpl/{self._name}/{step}/{rank}"
 
-    def post(self, step: int, values: Mapping[str, float]) -> None:
-        """Leave this rank's numbers for ``step``; every rank posts the same steps in order."""
-        self._store.set(self._key(step, self._mesh.rank), json.dumps(dict(values)))
+    def post(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Leave this rank's numbers for ``step`` (numbers, or tensors of one element); every rank
+        posts the same steps in order."""
+        self._leaving.append((step, _Leaving(values)))
         if self._mesh.rank == 0:
             self._pending.append(step)
+        self._send()
 
-    def poll(self) -> Iterable[tuple[int, dict[str, float]]]:
+    def flush(self) -> None:
+        """Send what is left, waiting for the device: before an evaluation and at the end."""
+        self._send(wait=True)
+
+    def _send(self, *, wait: bool = False) -> None:
+        while self._leaving and (wait or self._leaving[0][1].arrived()):
+            step, values = self._leaving.popleft()
+            self._store.set(self._key(step, self._mesh.rank), json.dumps(values.read()))
+
+    def poll(self) -> list[tuple[int, dict[str, float]]]:
         """On rank 0: the steps that have reached every rank since the last call, in order.
 
         A name that several ranks posted (the data-parallel ranks of one stage) is their mean;
         a peak (``..peak..``) is their maximum.
         """
+        self._send()
+        arrived: list[tuple[int, dict[str, float]]] = []
         while self._pending:
             keys = [self._key(self._pending[0], rank) for rank in range(self._mesh.world_size)]
             if not self._store.check(keys):
-                return
-            yield self._pending.pop(0), self._merge(keys)
+                break
+            arrived.append((self._pending.pop(0), self._merge(keys)))
+        return arrived
 
     def _merge(self, keys: list[str]) -> dict[str, float]:
         seen: dict[str, list[float]] = {}

@@ -63,6 +63,7 @@ class Mesh:
         self.boundary_group: Any = self.new_group(None, backend="gloo")
         self.control_group: Any = self.new_group(None, backend="gloo")
         self._dp_backend = self._choose_backend()
+        self._channels = 0
         for pp_rank in range(pipeline_ranks):
             ranks = [self.rank_of(pp_rank, dp) for dp in range(data_parallel_ranks)]
             group, control = self.new_group(ranks), self.new_group(ranks, backend="gloo")
@@ -76,6 +77,17 @@ class Mesh:
         options.setdefault("backend", getattr(self, "_dp_backend", None))
         timeout = datetime.timedelta(seconds=self.timeout_s)
         return dist.new_group(ranks, timeout=timeout, **options)
+
+    def new_channel_number(self) -> int:
+        """A number for one more user of ``boundary_group``, equal on all ranks that ask equally
+        often."""
+        self._channels += 1
+        return self._channels - 1
+
+    @property
+    def has_nccl(self) -> bool:
+        """Whether every rank has a CUDA device of its own, which NCCL asks for."""
+        return self._device.type == "cuda" and self._dp_backend is None and dist.is_nccl_available()
 
     def _choose_backend(self) -> str | None:
         """NCCL (the world's default on GPUs) unless two ranks share a GPU, which it refuses."""

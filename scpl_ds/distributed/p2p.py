@@ -1,38 +1,30 @@
-"""One message per micro-batch per boundary, forward only: a checked header, then one flat
-payload."""
+"""One message per micro-batch per boundary, forward only, checked on arrival."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import datetime
-import json
 import logging
 import time
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from scpl_ds.batch import MicroBatch, Tag
+from scpl_ds.distributed.coding import Coded, decode, encode, round_trip
+from scpl_ds.distributed.links import Outgoing, Transport, make_link
 from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.distributed.messages import views
 from scpl_ds.errors import BoundaryError
 
 log = logging.getLogger(__name__)
 
-HEADER_BYTES = 4096
 _LAST_WORDS = datetime.timedelta(seconds=30)
-_ALIGN = 64  # every tensor starts on a cache line, so that a view of any dtype is legal
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.bfloat16, torch.float16,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
+_SCALE = "scale"
 
-
-_untaken: list[collections.deque[tuple[str, list[Any], list[Tensor]]]] = []
+_untaken: list[collections.deque[Outgoing]] = []
 """Messages on their way, of every channel: gloo drops one whose buffer nobody holds, and an engine
 may be forgotten before its last message has been taken."""
 
@@ -54,21 +46,37 @@ class BoundaryChannel:
     """The boundary between this rank and its two neighbours in the pipeline.
 
     A send returns at once; it is waited for only when ``max_in_flight`` earlier messages have not
-    been taken yet, which is the back-pressure that bounds memory. (Gloo starts to move a message
-    once the receiver has posted its receive, so an untaken message costs the sender its buffer.)
-    The header goes first, over the CPU, and says which step, micro-batch and batch this is: a
+    been taken yet, which is the back-pressure that bounds memory. The receiver takes one message
+    ahead of the one it computes on. The header says which step, micro-batch and batch this is: a
     mismatch is a ``BoundaryError``, never a loss computed with somebody else's labels.
 
     Shapes may change from one micro-batch to the next.
+
+    Args:
+        mesh: Who the neighbours are.
+        device: Where the stages compute.
+        max_in_flight: Messages that may wait to be taken.
+        transport: ``scpl.transport``.
+        boundary_dtype: ``scpl.boundary_dtype``: hidden states of training micro-batches travel in
+            it. Those of an evaluation travel as they are, so that what is evaluated is the model
+            that will be exported.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, *, max_in_flight: int) -> None:
-        self._mesh, self._device = mesh, device
-        self._group = mesh.boundary_group
-        self._limit = max_in_flight
-        self._in_flight: collections.deque[tuple[str, list[Any], list[Tensor]]] = (
-            collections.deque()
-        )
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        max_in_flight: int,
+        transport: Transport = "auto",
+        boundary_dtype: str | None = None,
+    ) -> None:
+        self.bytes_sent = 0
+        """Bytes of hidden states, ids, masks and labels that this rank has sent."""
+        self._mesh = mesh
+        self._link = make_link(transport, mesh, device)
+        self._limit, self._code = max_in_flight, boundary_dtype
+        self._in_flight: collections.deque[Outgoing] = collections.deque()
         _untaken[:] = [messages for messages in _untaken if messages]
         _untaken.append(self._in_flight)
         self._last_batch_id: dict[str, int] = {}
@@ -81,17 +89,36 @@ class BoundaryChannel:
         tensors = {f"inputs/{k}": v for k, v in batch.inputs.items()}
         tensors |= {f"extras/{k}": v for k, v in batch.extras.items()}
         assert batch.hidden_states is not None, "only a computed micro-batch crosses a boundary"
-        tensors["hidden_states"] = batch.hidden_states
-        layout, payload = _pack(tensors)
-        header = {"kind": "data", "phase": phase, "tag": list(batch.tag), "layout": layout}
+        header: dict[str, Any] = {"kind": "data", "phase": phase, "tag": list(batch.tag)}
+        if self._code is None or phase != "train":
+            tensors["hidden_states"] = batch.hidden_states
+        else:
+            header["dtype"] = str(batch.hidden_states.dtype).removeprefix("torch.")
+            tensors["hidden_states"], scale = encode(batch.hidden_states, self._code)
+            if scale is not None:
+                tensors[_SCALE] = scale
         while len(self._in_flight) >= self._limit:
             self._wait_for_oldest()
-        self._post(f"micro-batch {batch.tag.micro_batch} of step {batch.tag.step}", header, payload)
+        self._post(f"micro-batch {batch.tag.micro_batch} of step {batch.tag.step}", header, tensors)
+        self.bytes_sent += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def flush(self) -> None:
+        """Start what waits for the device on its way; to be called when the device has been given
+        more to do, for it may wait. Nothing to do on a CPU."""
+        self._link.flush()
+
+    def across(self, batch: MicroBatch) -> MicroBatch:
+        """``batch`` as the next stage gets it although it is on this rank: rounded as if it had
+        travelled, so that the numbers do not depend on how many ranks there are."""
+        if self._code is None or batch.hidden_states is None:
+            return batch
+        hidden = round_trip(batch.hidden_states, self._code)
+        return dataclasses.replace(batch, hidden_states=hidden)
 
     def send_end(self) -> None:
         """Tell the next pipeline rank that there is no more data."""
         if self._mesh.next_rank is not None:
-            self._post("the end of the data", {"kind": "end"}, None)
+            self._post("the end of the data", {"kind": "end"}, {})
 
     def send_error(self, message: str) -> None:
         """Tell the next pipeline rank why nothing more will come, and wait until it has heard, 30 s
@@ -99,7 +126,7 @@ class BoundaryChannel:
         if self._mesh.next_rank is None:
             return
         try:
-            self._post("an error", {"kind": "error", "message": message[:2000]}, None)
+            self._post("an error", {"kind": "error", "message": message[:2000]}, {})
             # Gloo forgets what is not taken when this process ends, and the peer may be computing.
             self._timeout = min(self._timeout, _LAST_WORDS)
             self.drain()
@@ -111,28 +138,23 @@ class BoundaryChannel:
         while self._in_flight:
             self._wait_for_oldest()
 
-    def _post(self, what: str, header: dict[str, Any], payload: Tensor | None) -> None:
-        head = _encode(header)
-        peer = self._mesh.next_rank
-        works, tensors = [], [head] if payload is None else [head, payload]
-        for tensor in tensors:
-            try:
-                works.append(dist.isend(tensor, peer, group=self._group))
-            except RuntimeError as error:
-                raise self._broken(f"could not send {what} to", peer, error) from error
-        self._in_flight.append((what, works, tensors))
+    def _post(self, what: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        try:
+            self._in_flight.append(self._link.send(what, header, tensors))
+        except RuntimeError as error:
+            raise self._broken(f"could not send {what} to", self._mesh.next_rank, error) from error
 
     def _wait_for_oldest(self) -> None:
-        what, works, _ = self._in_flight[0]
+        oldest = self._in_flight[0]
         began = time.monotonic()
-        for work in works:
-            try:
-                work.wait(self._timeout)
-            except RuntimeError as error:
-                waited = time.monotonic() - began
-                raise self._broken(
-                    f"waited {waited:.0f} s for {what} to be taken by", self._mesh.next_rank, error
-                ) from error
+        try:
+            self._link.wait(oldest, self._timeout)
+        except RuntimeError as error:
+            raise self._broken(
+                f"waited {time.monotonic() - began:.0f} s for {oldest.what} to be taken by",
+                self._mesh.next_rank,
+                error,
+            ) from error
         self._in_flight.popleft()
 
     # -- receiving -------------------------------------------------------------------------
@@ -146,7 +168,12 @@ class BoundaryChannel:
         """
         peer = self._mesh.previous_rank
         what = f"micro-batch {expected.micro_batch} of {expected.phase} step {expected.step}"
-        header = _decode(self._read(torch.empty(HEADER_BYTES, dtype=torch.uint8), what))
+        began = time.monotonic()
+        try:
+            header, payload = self._link.receive(self._timeout)
+        except RuntimeError as error:
+            waited = time.monotonic() - began
+            raise self._broken(f"waited {waited:.0f} s for {what} from", peer, error) from error
         if header["kind"] == "end":
             raise EndOfData
         if header["kind"] == "error":
@@ -154,10 +181,6 @@ class BoundaryChannel:
                 f"{self._me()} got no {what}: rank {peer} before it failed with: "
                 f"{header['message']}"
             )
-        layout = header["layout"]
-        size = layout[-1][3] + layout[-1][4]
-        # Taken before it is judged: the sender must not be left waiting for a refused message.
-        payload = self._read(torch.empty(size, dtype=torch.uint8), what)
         tag = Tag(*header["tag"])
         found = Expected(header["phase"], tag.step, tag.micro_batch)
         last = self._last_batch_id.get(found.phase)
@@ -169,23 +192,11 @@ class BoundaryChannel:
                 "steps: check that every rank calls train_batch and eval_batch equally often."
             )
         self._last_batch_id[found.phase] = tag.batch_id
-        return _unpack(layout, payload, tag).to(self._device)
+        return _unpack(header, payload, tag)
 
     def reset(self, phase: str) -> None:
         """Forget the running batch number of ``phase`` (a new evaluation, a restored position)."""
         self._last_batch_id.pop(phase, None)
-
-    def _read(self, buffer: Tensor, what: str) -> Tensor:
-        peer = self._mesh.previous_rank
-        began = time.monotonic()
-        try:
-            work = dist.irecv(buffer, peer, group=self._group)
-            assert work is not None
-            work.wait(self._timeout)
-        except RuntimeError as error:
-            waited = time.monotonic() - began
-            raise self._broken(f"waited {waited:.0f} s for {what} from", peer, error) from error
-        return buffer
 
     # -- words -----------------------------------------------------------------------------
 
@@ -199,50 +210,13 @@ class BoundaryChannel:
         )
 
 
-def _pack(tensors: dict[str, Tensor]) -> tuple[list[list[Any]], Tensor]:
-    """Copy tensors behind each other into one byte buffer on the CPU, with a table of what is
-    where."""
-    layout: list[list[Any]] = []
-    offset = 0
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            raise BoundaryError(
-                f"'{name}' is {tensor.dtype}, which cannot cross a stage boundary. "
-                f"Convert it to one of {', '.join(_DTYPES)}."
-            )
-        nbytes = tensor.numel() * tensor.element_size()
-        layout.append([name, dtype, list(tensor.shape), offset, nbytes])
-        offset = -(-(offset + nbytes) // _ALIGN) * _ALIGN
-    payload = torch.empty(layout[-1][3] + layout[-1][4], dtype=torch.uint8)
-    for (_, _, _, start, nbytes), tensor in zip(layout, tensors.values(), strict=True):
-        flat = tensor.detach().contiguous().reshape(-1)
-        payload[start : start + nbytes].copy_(flat.view(torch.uint8) if nbytes else flat.byte())
-    return layout, payload
-
-
-def _unpack(layout: list[list[Any]], payload: Tensor, tag: Tag) -> MicroBatch:
+def _unpack(header: dict[str, Any], payload: Tensor, tag: Tag) -> MicroBatch:
+    tensors = views(payload, header["layout"])
+    hidden, scale = tensors.pop("hidden_states"), tensors.pop(_SCALE, None)
+    if "dtype" in header:
+        hidden = decode(Coded(hidden, scale), getattr(torch, header["dtype"]))
     parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "extras": {}}
-    hidden_states = None
-    for name, dtype, shape, start, nbytes in layout:
-        tensor = payload[start : start + nbytes].view(_DTYPES[dtype]).reshape(shape)
+    for name, tensor in tensors.items():
         room, _, key = name.partition("/")
-        if room == "hidden_states":
-            hidden_states = tensor
-        else:
-            parts[room][key] = tensor
-    return MicroBatch(parts["inputs"], tag, hidden_states, parts["extras"])
-
-
-def _encode(header: dict[str, Any]) -> Tensor:
-    text = json.dumps(header, separators=(",", ":")).encode()
-    if len(text) > HEADER_BYTES:
-        raise BoundaryError(
-            f"The header of a micro-batch takes {len(text)} bytes, more than {HEADER_BYTES}: "
-            "it carries too many tensors. Drop columns that no stage needs."
-        )
-    return torch.frombuffer(bytearray(text.ljust(HEADER_BYTES)), dtype=torch.uint8)
-
-
-def _decode(buffer: Tensor) -> dict[str, Any]:
-    return json.loads(buffer.numpy().tobytes())
+        parts[room][key] = tensor
+    return MicroBatch(parts["inputs"], tag, hidden, parts["extras"])

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scpl_ds.objectives._base import IGNORED_LABEL
-
 Pooling = Literal["mean", "cls", "last"]
 Projection = Literal["identity", "linear", "mlp"]
 
@@ -58,12 +56,15 @@ def pool(hidden_states: Tensor, attention_mask: Tensor | None, how: Pooling) -> 
     if hidden_states.ndim == 2:
         padded_rows = ~real_rows(hidden_states, attention_mask)
         return hidden_states.to(dtype).masked_fill(padded_rows[:, None], 0.0)  # [B, D]
+    if attention_mask is None and how == "mean":
+        return hidden_states.sum(dim=1, dtype=dtype) / max(hidden_states.shape[1], 1)  # [B, D]
     if attention_mask is None:
         attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
     mask = attention_mask.bool()  # [B, T]
     if how == "mean":
-        # Summed in float32 without a float32 copy of the [B, T, D] input.
-        total = hidden_states.masked_fill(~mask[..., None], 0.0).sum(dim=1, dtype=dtype)  # [B, D]
+        # Summed in float32 without a float32 copy of the [B, T, D] input; `where` is one pass over
+        # it and masked_fill two.
+        total = torch.where(mask[..., None], hidden_states, 0.0).sum(dim=1, dtype=dtype)  # [B, D]
         return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
     if how not in ("cls", "last"):
         raise ValueError(f"pooling must be 'mean', 'cls' or 'last', got {how!r}.")
@@ -75,11 +76,11 @@ def pool(hidden_states: Tensor, attention_mask: Tensor | None, how: Pooling) -> 
     return pooled.masked_fill(~mask.any(dim=1)[:, None], 0.0)
 
 
-def unit_rows(rows: Tensor, labels: Tensor) -> Tensor:
-    """The rows [N, D] at length 1, float32 at least; zeros for those that ``labels`` [N] ignores,
+def unit_rows(rows: Tensor, ignored: Tensor) -> Tensor:
+    """The rows [N, D] at length 1, float32 at least; zeros for those that ``ignored`` [N] says,
     whatever they hold."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return F.normalize(rows.masked_fill((labels == IGNORED_LABEL)[:, None], 0.0), dim=-1)
+    return F.normalize(rows.masked_fill(ignored[:, None], 0.0), dim=-1)
 
 
 class ProjectionHead(nn.Module):

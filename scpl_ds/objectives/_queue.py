@@ -45,7 +45,7 @@ class FeatureQueue(nn.Module):
         if self._before is None:
             self._before = (self.features, self.labels)
         labels = labels.masked_fill(~features.isfinite().all(dim=1), IGNORED_LABEL)
-        rows = unit_rows(features, labels).to(self.features.dtype)
+        rows = unit_rows(features, labels == IGNORED_LABEL).to(self.features.dtype)
         everything = torch.cat([self.features, rows])
         classes = torch.cat([self.labels, labels])
         # Stable: rows without a class go to the front, the others stay in the order they came in.

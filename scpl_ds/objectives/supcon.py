@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
@@ -16,133 +15,17 @@ from scpl_ds.objectives._base import (
     ObjectiveOptions,
     ObjectiveOutput,
 )
+from scpl_ds.objectives._contrast import CHUNK_SIZE, PosNorm, contrast, supcon_loss
 from scpl_ds.objectives._heads import (
     Pooling,
     Projection,
     ProjectionHead,
     pool,
     real_rows,
-    unit_rows,
 )
 from scpl_ds.objectives._queue import FeatureQueue
 
-Memory = tuple[Tensor, Tensor]
-"""Rows to compare with that are no anchors: features [M, D] and labels [M]."""
-
-
-def positive_pairs(labels: Tensor, memory_labels: Tensor | None = None) -> Tensor:
-    """Which anchors [N] share a class with which rows [N + M]: the anchors, then the memory; bool,
-    [N, N + M]. No row with itself, no ignored row."""
-    keys = labels if memory_labels is None else torch.cat([labels, memory_labels])  # [N + M]
-    counted = labels != IGNORED_LABEL  # [N]
-    return (labels[:, None] == keys[None, :]) & counted[:, None] & ~_itself(labels, keys)
-
-
-def _itself(anchors: Tensor, keys: Tensor) -> Tensor:
-    return torch.eye(len(anchors), len(keys), dtype=torch.bool, device=keys.device)
-
-
-def supcon_loss(
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 0.1,
-    pos_norm: Literal["paper", "khosla"] = "paper",
-    memory: Memory | None = None,
-) -> Tensor:
-    """Supervised contrastive loss of one batch: same-label rows attract, the rest repel.
-
-    Row ``i`` is the anchor once. Its positives P(i) are the other rows with the same label. With
-    ``pos_norm="paper"`` an anchor's sum over P(i) is divided by |P(i)| + 1, and a row that is alone
-    in its class contributes 0 but stays in the mean; with ``"khosla"`` it is divided by |P(i)| and
-    the mean is over the anchors that have a positive. A batch of one row, or without any pair,
-    gives 0 with a gradient of zeros, never NaN and never a missing gradient.
-
-    Rows of ``memory`` are further positives and negatives of every anchor. They are no anchors, so
-    they do not count in the mean, and get no gradient.
-
-    Rows labelled -100 are left out altogether, whatever they hold. Computed in float32 (float64
-    stays float64), also under autocast. Needs no synchronisation with the device.
-
-    Shapes: N rows (micro-batch x data-parallel ranks when gathered), D features, M remembered rows.
-
-    Args:
-        embeddings: Floating point, [N, D]. Normalised here; need not be unit length.
-        labels: Integer, [N].
-        temperature: Softmax temperature, dimensionless, > 0. Lower is sharper.
-        pos_norm: Which of the two normalisations.
-        memory: Features [M, D], normalised here, and integer labels [M]; M may be 0.
-
-    Returns:
-        Scalar in nats, float32 or float64.
-
-    Raises:
-        ValueError: The shapes do not fit, the labels are not integers, ``temperature`` is not
-            positive, or ``pos_norm`` is unknown.
-
-    Source:
-        Khosla et al. 2020, arXiv:2004.11362, eq. 2 (L_out). ``paper`` divides by |P(i)| + 1 as the
-        SCPL authors' code does (minyaho/SCPL, model/loss_fn.py, LocalLoss), not by |P(i)|.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> round(supcon_loss(x, torch.tensor([0, 0, 1]), temperature=1.0).item(), 4)
-        0.1044
-    """
-    _check(embeddings, labels, temperature, pos_norm, memory)
-    labels = labels.long()
-    keys = labels if memory is None else torch.cat([labels, memory[1].long()])  # [N + M]
-    counted = keys != IGNORED_LABEL  # [N + M]
-    positives = positive_pairs(labels, keys[len(labels) :])  # [N, N + M]
-    others = counted[None, :] & ~_itself(labels, keys)  # [N, N + M]
-    with torch.autocast(embeddings.device.type, enabled=False):
-        z = unit_rows(embeddings, labels)  # [N, D]
-        logits = z @ z.T / temperature  # [N, N]
-        if memory is not None:
-            # A product of its own, so that the backward computes nothing for it.
-            remembered = unit_rows(memory[0].detach(), memory[1]).to(z.dtype)  # [M, D]
-            logits = torch.cat([logits, z @ remembered.T / temperature], dim=1)  # [N, N + M]
-        # finfo.min, not -inf: for a row without others, logsumexp of all -inf has a NaN gradient.
-        denominator = logits.masked_fill(~others, torch.finfo(logits.dtype).min)
-        log_prob = logits - denominator.logsumexp(dim=1, keepdim=True)  # [N, N + M]
-        per_anchor = -log_prob.masked_fill(~positives, 0.0).sum(dim=1)  # [N]
-        num_positives = positives.sum(dim=1)  # [N]
-        if pos_norm == "paper":
-            num_rows = counted[: len(labels)].sum().clamp(min=1)
-            return (per_anchor / (num_positives + 1)).sum() / num_rows
-        num_anchors = (num_positives > 0).sum().clamp(min=1)
-        return (per_anchor / num_positives.clamp(min=1)).sum() / num_anchors
-
-
-def _check(
-    embeddings: Tensor, labels: Tensor, temperature: float, pos_norm: str, memory: Memory | None
-) -> None:
-    _check_rows(embeddings, labels)
-    if memory is not None:
-        _check_rows(*memory)
-        if memory[0].shape[1] != embeddings.shape[1]:
-            raise ValueError(
-                f"supcon_loss compares rows of one width, got {embeddings.shape[1]} features a row "
-                f"and {memory[0].shape[1]} in memory."
-            )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}.")
-    if pos_norm not in ("paper", "khosla"):
-        raise ValueError(f"pos_norm must be 'paper' or 'khosla', got {pos_norm!r}.")
-
-
-def _check_rows(embeddings: Tensor, labels: Tensor) -> None:
-    if embeddings.ndim != 2 or labels.ndim != 1 or embeddings.shape[0] != labels.shape[0]:
-        raise ValueError(
-            "supcon_loss needs one vector and one label per row, got embeddings of shape "
-            f"{list(embeddings.shape)} and labels of shape {list(labels.shape)}."
-        )
-    if labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"supcon_loss compares classes and needs integer labels, got {labels.dtype}."
-        )
-    if not embeddings.is_floating_point():
-        raise ValueError(f"supcon_loss needs floating point embeddings, got {embeddings.dtype}.")
+__all__ = ["SupCon", "SupConOptions", "supcon_loss"]
 
 
 class SupConOptions(ObjectiveOptions):
@@ -160,7 +43,7 @@ class SupConOptions(ObjectiveOptions):
     """Width of the vectors that are compared. Unset: the model's hidden size."""
     hidden_dim: PositiveInt | None = None
     """Width of the hidden layer of ``mlp``. Unset: the model's hidden size."""
-    pos_norm: Literal["paper", "khosla"] = "paper"
+    pos_norm: PosNorm = "paper"
     """``paper``: divide by |P| + 1 and average over all rows, as the authors' code does.
     ``khosla``: divide by |P| and average over the rows that have a positive."""
     layer_norm: bool = True
@@ -178,6 +61,12 @@ class SupConOptions(ObjectiveOptions):
     data-parallel ranks), as the stage saw them then: further positives and negatives, without
     gradient. For micro-batches of 1-8 rows. 0: off. Takes N x width x 4 bytes a stage, saved with
     its head, and as much again within a step."""
+
+    chunk_size: PositiveInt = CHUNK_SIZE
+    """Most rows that are compared with all others at a time; more go through in chunks, compared
+    once more in backward. Bounds memory: chunk_size x (rows + queue) similarities instead of
+    rows x (rows + queue). A batch of up to so many rows is untouched by it; a larger one learns
+    the same up to rounding."""
 
     @model_validator(mode="after")
     def _dims_belong_to_the_projection(self) -> SupConOptions:
@@ -267,20 +156,19 @@ class SupCon(Objective):
         anchors, classes = features, labels
         if self.options.gather:
             anchors, classes = rows.with_own(features), rows.labels  # [N, width], [N]
-        loss = supcon_loss(
+        loss, num_positives = contrast(
             anchors,
             classes,
             temperature=self.options.temperature,
             pos_norm=self.options.pos_norm,
             memory=None if queue is None else (queue.features, queue.labels),
+            chunk_size=self.options.chunk_size,
         )
         if self.options.gather:
             # Every rank has the loss of all rows and the gradient of its own ones: the gradients
             # are to be added over the ranks, and will be averaged. The value stays as it is.
             loss = loss + (rows.ranks - 1) * (loss - loss.detach())
-        with torch.no_grad():
-            pairs = positive_pairs(classes, None if queue is None else queue.labels)
-            fraction = pairs.any(dim=1).sum().float() / max(len(classes), 1)
+        fraction = (num_positives > 0).sum().float() / max(len(classes), 1)
         if queue is not None:
             queue.push(rows.features, rows.labels)
         return ObjectiveOutput(loss, {"valid_anchor_fraction": fraction})

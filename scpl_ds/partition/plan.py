@@ -4,14 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition.anatomy import Anatomy
 from scpl_ds.registry import did_you_mean
 
-METHODS = ("flops", "parameters", "uniform")
+METHODS = ("flops", "parameters", "uniform", "time")
+
+
+class Timing(NamedTuple):
+    """Seconds of one micro-batch."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTimes:
+    """What a micro-batch takes in the parts of a model, as ``partition/timing.py`` measures it."""
+
+    layers: tuple[Timing, ...]
+    prologue: Timing
+    epilogue: Timing
+    heads: tuple[Timing, ...]
+    """Of a local head on top of each layer."""
+    setting: str
+    """Shape of the micro-batch, device and type of the numbers: ``8 x 128 on cpu, float32``."""
+
+    def stage(self, first: int, end: int, *, head_on_last: bool) -> float:
+        """Seconds of a stage of the layers ``[first, end)``."""
+        is_last = end == len(self.layers)
+        parts = [
+            *self.layers[first:end],
+            *([self.prologue] if first == 0 else []),
+            *([self.epilogue] if is_last else []),
+            *([self.heads[end - 1]] if head_on_last or not is_last else []),
+        ]
+        return sum(part.total for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +57,13 @@ class PartitionPlan:
     bounds: tuple[int, ...]
     """K + 1 numbers: stage k owns the layers ``[bounds[k], bounds[k + 1])``."""
     method: str
-    """``flops``, ``parameters``, ``uniform`` or ``explicit``."""
+    """``flops``, ``parameters``, ``uniform``, ``time`` or ``explicit``."""
     head_flops: float = 0.0
     """What a local head costs on every stage that has one; the cost of the cut counts it."""
     head_on_last: bool = False
     """Whether the last stage has a local head too, beside the epilogue."""
+    times: LayerTimes | None = None
+    """What was measured, where it was."""
 
     @property
     def num_stages(self) -> int:
@@ -45,10 +83,18 @@ class PartitionPlan:
         costs = _parameter_costs(anatomy, self.num_stages)
         return [int(costs(k, *self.span(k))) for k in range(self.num_stages)]
 
+    def stage_seconds(self) -> list[float] | None:
+        """Forward and local backward of one micro-batch on each stage, where it was measured."""
+        if self.times is None:
+            return None
+        spans = itertools.pairwise(self.bounds)
+        return [self.times.stage(*span, head_on_last=self.head_on_last) for span in spans]
+
     def rows(
         self, anatomy: Anatomy, *, pipeline_ranks: int | None = None, data_parallel: int = 1
     ) -> list[dict[str, Any]]:
-        """One mapping per stage: ``stage, layers, holds, parameters, flops, flops_share, ranks``.
+        """One mapping per stage: ``stage, layers, holds, parameters, flops, flops_share, ranks``,
+        and ``seconds`` where they were measured.
 
         Args:
             anatomy: The model that was cut.
@@ -57,6 +103,7 @@ class PartitionPlan:
         """
         owners = stages_of_rank(self.num_stages, pipeline_ranks or self.num_stages)
         flops, parameters = self.stage_flops(anatomy), self.stage_parameters(anatomy)
+        seconds = self.stage_seconds()
         total = sum(flops) or 1.0
         rows: list[dict[str, Any]] = []
         for k in range(self.num_stages):
@@ -74,6 +121,7 @@ class PartitionPlan:
                     "flops": flops[k],
                     "flops_share": flops[k] / total,
                     "ranks": f"{first}-{last}" if last > first else f"{first}",
+                    **({} if seconds is None else {"seconds": seconds[k]}),
                 }
             )
         return rows
@@ -85,24 +133,27 @@ def make_plan(
     method: str | Sequence[Sequence[int]] = "flops",
     head_flops: float = 0.0,
     head_on_last: bool = False,
+    times: LayerTimes | None = None,
 ) -> PartitionPlan:
     """Cut a model into ``num_stages`` consecutive, non-empty stages.
 
     ``flops`` and ``parameters`` make the most expensive stage as cheap as possible (and among those
-    cuts take the evenest one), prologue and epilogue counted; ``uniform`` gives every stage the
-    same number of layers, the first ones one more. An embedding costs parameters but no FLOPs.
+    cuts take the evenest one), prologue and epilogue counted; ``time`` does so with ``times``;
+    ``uniform`` gives every stage the same number of layers, the first ones one more. An embedding
+    costs parameters but no FLOPs.
 
     Args:
         anatomy: The model.
         num_stages: K.
-        method: One of the three, or a list of ``[first, one past last]`` per stage.
+        method: One of the four, or a list of ``[first, one past last]`` per stage.
         head_flops: Forward FLOPs of a local head, for one sample of ``anatomy.sequence_length``
             tokens. Counted for every stage but the last, whose head is the epilogue.
         head_on_last: Count it for the last stage too (``scpl.head.detach_features`` is not false).
+        times: What ``time`` cuts by.
 
     Raises:
-        PartitionError: More stages than layers, fewer than one, an unknown method, or a list that
-            does not cover the layers in order.
+        PartitionError: More stages than layers, fewer than one, an unknown method, ``time`` without
+            times, or a list that does not cover the layers in order.
     """
     layers = anatomy.num_layers
     if num_stages < 1:
@@ -124,12 +175,39 @@ def make_plan(
         bounds = min_max_cut(layers, num_stages, costs)
     elif method == "parameters":
         bounds = min_max_cut(layers, num_stages, _parameter_costs(anatomy, num_stages))
+    elif method == "time":
+        if times is None:
+            raise PartitionError(
+                "scpl.partition: time cuts by times that are measured on the run's own device, and "
+                "here are none. Use flops, parameters, uniform or ranges such as [[0, 3], [3, 6]]."
+            )
+        bounds = time_cut(times, num_stages, head_on_last=head_on_last)
     else:
         raise PartitionError(
             f"scpl.partition: unknown method '{method}'{did_you_mean(method, METHODS)} "
             f"Known: {', '.join(METHODS)}; or a list such as [[0, 3], [3, 6]]."
         )
-    return PartitionPlan(bounds, method, head_flops, head_on_last)
+    return PartitionPlan(bounds, method, head_flops, head_on_last, times)
+
+
+def time_cut(
+    times: LayerTimes,
+    num_stages: int,
+    *,
+    head_on_last: bool,
+    learns: Sequence[bool] | None = None,
+) -> tuple[int, ...]:
+    """Bounds that make the slowest stage as fast as can be.
+
+    ``learns`` says which layers have something to train; every stage gets one of those.
+    """
+
+    def cost(_: int, start: int, end: int) -> float:
+        if learns is not None and not any(learns[start:end]):
+            return math.inf
+        return times.stage(start, end, head_on_last=head_on_last)
+
+    return min_max_cut(len(times.layers), num_stages, cost)
 
 
 def min_max_cut(
@@ -198,7 +276,8 @@ def render_plan(
     rows = plan.rows(anatomy, pipeline_ranks=pipeline_ranks, data_parallel=data_parallel)
     total = sum(row["parameters"] for row in rows)
     header = ["stage", "layers", "holds", "parameters", "forward FLOPs", "share", "ranks"]
-    cells = [header] + [
+    timed = plan.times is not None
+    cells = [header + (["time"] if timed else [])] + [
         [
             str(row["stage"]),
             row["layers"],
@@ -207,11 +286,12 @@ def render_plan(
             _short(row["flops"]),
             f"{row['flops_share']:.1%}",
             row["ranks"],
+            *([f"{row['seconds'] * 1e3:.3g} ms"] if timed else []),
         ]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    right = {3, 4, 5}
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    right = {3, 4, 5, 7}
     lines = [
         "  ".join(
             c.rjust(w) if i in right else c.ljust(w)
@@ -224,6 +304,9 @@ def render_plan(
         f"{_count(plan.num_stages, 'stage')}, cut by {plan.method}, {_short(total)} parameters, "
         f"FLOPs of {anatomy.sequence_length} tokens"
     )
+    if plan.times is not None:
+        spans = [list(plan.span(k)) for k in range(plan.num_stages)]
+        lines.append(f"time: forward and backward of {plan.times.setting}; this cut: {spans}")
     return "\n".join([title, *(line.rstrip() for line in lines)])
 
 

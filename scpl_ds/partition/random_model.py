@@ -13,6 +13,8 @@ from scpl_ds.partition._hf import model_class, quiet_transformers
 SIZES: dict[str, dict[str, Any]] = {
     "bert-11m": {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 4,
                  "intermediate_size": 1024, "num_attention_heads": 4},
+    "bert-8l": {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 8,
+                "intermediate_size": 1024, "num_attention_heads": 4, "vocab_size": 4096},
     "gpt2-124m": {"model_type": "gpt2", "pad_token_id": 0},
     "llama-0.7b": {
         "model_type": "llama", "hidden_size": 1536, "num_hidden_layers": 24,

@@ -85,7 +85,9 @@ class FsdpBackend(TorchBackend):
         own = [p for p in part.parameters() if not isinstance(p, DTensor)]
         for parameter in own:
             parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
-        broadcast([*own, *(buffer.to(self.device) for buffer in part.buffers())], self.mesh)
+        for buffer in part.buffers():
+            buffer.data = buffer.data.to(self.device)
+        broadcast([*own, *part.buffers()], self.mesh)
 
     def average(self) -> None:
         """Done, micro-batch by micro-batch."""

@@ -75,6 +75,9 @@ class Tracker(abc.ABC):
     def tick(self, step: int) -> None:  # noqa: B027 - most trackers have nothing to show in between
         """Optimizer step ``step`` is done; called every step, so it must cost next to nothing."""
 
+    def picture(self, name: str, svg: Path) -> None:  # noqa: B027 - most show numbers only
+        """Show an SVG file under ``name``; called between the last ``log`` and ``finish``."""
+
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:  # noqa: B027
         """Close. ``summary``: the final results; a non-zero ``exit_code``: the run failed."""
 
@@ -141,6 +144,9 @@ class TrackerSet:
 
     def tick(self, step: int) -> None:
         self._each("tick", lambda t: t.tick(step))
+
+    def picture(self, name: str, svg: Path) -> None:
+        self._each("picture", lambda t: t.picture(name, svg))
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         """Close all of them; a second call does nothing."""

@@ -138,6 +138,7 @@ def format_line(metrics: Mapping[str, float], step: int, total_steps: int | None
     else:
         show("perf/samples_per_s", lambda v: f"{_short(v)} samples/s")
     show("perf/peak_memory_gib", lambda v: f"{v:.1f} GiB")
+    show("perf/bubble_fraction", lambda v: f"bubble {100 * v:.0f}%")
     return "  ".join(parts)
 
 

@@ -133,6 +133,15 @@ class WandbTracker(Tracker):
         while now - self._unsafe[0][0] > FLUSH_S:
             self._write_last_step(self._unsafe.popleft()[1])
 
+    def picture(self, name: str, svg: Path) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        # As a page: wandb's own images are bitmaps.
+        page = wandb.Html(svg.read_text(encoding="utf-8"), inject=False)
+        self._run.log({name: page, STEP_METRIC: max(0, self._last_step)})
+
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         if self._run is None:
             return

@@ -176,13 +176,13 @@ def test_a_rank_that_fails_and_leaves_has_told_the_later_ones_why(tmp_path: Path
         engine.train_batch(iter([good]))
         if dist.get_rank() == 0:
             store = dist.distributed_c10d._get_default_store()
-            send_error = engine._channel.send_error
+            send_error = engine.channel.send_error
 
             def say(message: str) -> None:
                 store.set("rank 0 has raised", "")
                 send_error(message)
 
-            engine._channel.send_error = say  # type: ignore[method-assign]
+            engine.channel.send_error = say  # type: ignore[method-assign]
         engine.train_batch(iter([{**good, "labels": good["labels"].double()}]))
 
     pids = {fork_rank(rank, 3, tmp_path, body): rank for rank in range(3)}

@@ -110,7 +110,7 @@ def backward(head: SupCon, hidden: Tensor, labels: Tensor) -> tuple[ObjectiveOut
     return output, leaf.grad
 
 
-@pytest.mark.parametrize("pos_norm", ["paper", "khosla"])
+@pytest.mark.parametrize("pos_norm, chunk_size", [("paper", 1024), ("khosla", 1024), ("paper", 3)])
 @pytest.mark.parametrize(
     "numbers, ignored",
     [((4, 4), None), ((5, 1), None), ((1, 6), None), ((6, 0), None), ((4, 3), 1), ((3, 3), 0)],
@@ -118,13 +118,14 @@ def backward(head: SupCon, hidden: Tensor, labels: Tensor) -> tuple[ObjectiveOut
 )
 @distributed(2)
 def test_loss_metrics_and_averaged_gradients_are_those_of_all_rows_on_one_rank(
-    numbers: tuple[int, ...], ignored: int | None, pos_norm: str
+    numbers: tuple[int, ...], ignored: int | None, pos_norm: str, chunk_size: int
 ) -> None:
     mesh = Mesh(1, 2, "cpu", timeout_s=20)
     hidden, labels = rows_of(numbers)
     if ignored is not None:
         labels[ignored] = torch.full_like(labels[ignored], -100)
-    alone, together = (objective(gather=True, pos_norm=pos_norm) for _ in range(2))
+    options = {"gather": True, "pos_norm": pos_norm, "chunk_size": chunk_size}
+    alone, together = (objective(**options) for _ in range(2))
     wanted, wanted_gradient = backward(alone, torch.cat(hidden), torch.cat(labels))
     together.gather_rows = row_gatherer(mesh)
     found, gradient = backward(together, hidden[mesh.dp_rank], labels[mesh.dp_rank])

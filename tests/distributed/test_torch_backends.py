@@ -18,6 +18,7 @@ import scpl_ds
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import RecipeError
+from scpl_ds.meter import give_back_freed_memory
 from scpl_ds.optim import build_optimizer
 from scpl_ds.partition.anatomy import anatomy_of
 from scpl_ds.partition.loading import load_stage
@@ -295,12 +296,12 @@ def test_a_rank_takes_memory_for_its_share_of_a_file_only(wide_checkpoint: Path)
     body = load_stage(wide_checkpoint, task, anatomy, 0, 4, config=config, seed=0)
     module = LocalStage(as_body(body), None, detach_features=False)
     size = sum(p.nbytes for p in module.parameters())
+    give_back_freed_memory()  # or the C library keeps layers that were whole, for later
     before = private_bytes()
     kind = resolve("sharding", "fsdp", where="test")
     backend = kind(
         module, lambda named: build_optimizer(named, section), section, mesh, torch.device("cpu")
     )
     grown = private_bytes() - before
-    # Its half, and what the C library keeps of the last layer that was whole; not one and a half.
-    assert size > 50e6 and 0.45 * size < grown < 0.8 * size, (size, grown)
+    assert size > 50e6 and 0.45 * size < grown < 0.6 * size, (size, grown)
     assert backend.shapes["body.model.classifier.weight"] == (2, 512)

@@ -35,6 +35,7 @@ class PlainLoop:
         seed: Dropout's.
         detach: The task head reads detached features.
         dp_rank: Which data-parallel rank this loop plays.
+        cross: What a boundary does to the hidden states; as they are by default.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class PlainLoop:
         seed: int,
         detach: bool = False,
         dp_rank: int = 0,
+        cross: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     ) -> None:
+        self.cross = cross
         self.bodies, self.heads = list(bodies), list(heads)
         self.lr, self.clip, self.accumulation = lr, clip, accumulation
         self.seed, self.detach, self.dp_rank = seed, detach, dp_rank
@@ -83,7 +86,7 @@ class PlainLoop:
                     loss = loss + output.loss
                 (loss / self.accumulation).backward()
                 losses[k] += loss.item() / self.accumulation
-                hidden = output.hidden_states.detach()
+                hidden = self.cross(output.hidden_states.detach())
         return losses
 
     def update(self, number: int) -> None:

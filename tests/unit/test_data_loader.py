@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
+import traceback
 
 import pytest
 import torch
@@ -85,12 +88,12 @@ def test_without_shuffle_training_runs_in_the_order_of_the_data():
     assert take(loader(5, shuffle=False), 4) == [[0, 1], [2, 3], [0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_two_restores_in_mid_epoch_give_the_uninterrupted_order(workers: int):
+@pytest.mark.parametrize(("workers", "ahead"), [(0, 0), (2, 0), (0, 2)])
+def test_two_restores_in_mid_epoch_give_the_uninterrupted_order(workers: int, ahead: int):
     whole = take(loader(23, size=3), 30)
     position, parts = None, []
     for count in (4, 9, 17):
-        part = loader(23, size=3, num_workers=workers)
+        part = loader(23, size=3, num_workers=workers, ahead=ahead)
         if position is not None:
             part.restore(position)
         parts += take(part, count)
@@ -109,8 +112,9 @@ def test_a_restore_with_more_ranks_continues_the_same_order():
     assert in_global_order([before]) + after == whole
 
 
-def test_position_counts_what_was_handed_out_not_what_workers_prepared():
-    train = loader(40, num_workers=1)
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"ahead": 2}], ids=str)
+def test_position_counts_what_was_handed_out_not_what_was_prepared(options: dict):
+    train = loader(40, **options)
     iterator = iter(train)
     for _ in range(3):
         next(iterator)
@@ -192,3 +196,74 @@ def test_impossible_sizes_are_refused():
         loader(10, size=3, global_batch_size=8)
     with pytest.raises(ValueError, match="shuffle needs drop_last"):
         loader(10, train=False, shuffle=True)
+
+
+# -- a thread that is ahead ----------------------------------------------------------------
+
+
+def batch_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_a_thread_gives_the_same_batches_in_the_same_order():
+    assert take(loader(23, ahead=2), 40) == take(loader(23), 40)
+    held_out = loader(5, train=False, ahead=2)
+    assert take(held_out, 9) == take(held_out, 9) == [[0, 1], [2, 3], [4]]
+
+
+def test_the_next_batches_are_collated_while_one_is_in_use():
+    made, third = [], threading.Event()
+
+    def watched(samples: list[int]) -> dict[str, torch.Tensor]:
+        made.append(threading.current_thread().name)
+        if len(made) == 3:
+            third.set()
+        return collate(samples)
+
+    train = BatchLoader(
+        range(40), micro_batch_size=2, dp_rank=0, dp_size=1, seed=0, shuffle=True,
+        collate=watched, drop_last=True, ahead=2,
+    )  # fmt: skip
+    iterator = iter(train)
+    assert made == [] and batch_threads() == []  # nothing before the first next
+    next(iterator)
+    assert third.wait(10) and len(made) == 3  # the one in use and two ahead, and no more
+    assert all(name.startswith("batches") for name in made)
+
+
+def test_the_thread_ends_when_the_iterator_is_forgotten_or_closed():
+    iterator = iter(loader(40, ahead=2))
+    next(iterator)
+    assert len(batch_threads()) == 1
+    del iterator
+    gc.collect()
+    assert batch_threads() == []
+    iterator = iter(loader(40, train=False, ahead=2))
+    next(iterator)
+    iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert batch_threads() == []
+
+
+def test_an_error_of_the_thread_comes_where_its_batch_would_have_with_its_traceback():
+    def fails_on_four(samples: list[int]) -> dict[str, torch.Tensor]:
+        if 4 in samples:
+            raise LookupError(f"no text in {samples}")
+        return collate(samples)
+
+    held_out = BatchLoader(
+        range(8), micro_batch_size=2, dp_rank=0, dp_size=1, seed=0, shuffle=False,
+        collate=fails_on_four, drop_last=False, ahead=2,
+    )  # fmt: skip
+    iterator = iter(held_out)
+    assert [next(iterator)["ids"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(LookupError, match=r"no text in \[4, 5\]") as caught:
+        next(iterator)
+    assert "fails_on_four" in "".join(traceback.format_tb(caught.tb))
+    assert batch_threads() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_are_pinned_by_the_thread():
+    batch = next(iter(loader(8, ahead=2, pin_memory=True)))
+    assert batch["ids"].is_pinned()

@@ -188,6 +188,7 @@ SAME = [
     "train.output_dir=elsewhere",
     "train.logging_steps=1",
     "train.save_steps=5",
+    "train.profile=true",
     "scpl.pipeline_ranks=1",
     "scpl.max_in_flight=9",
     "train.learning_rate=5e-5",

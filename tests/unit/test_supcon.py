@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scpl_ds import registry
 from scpl_ds.errors import RecipeError
-from scpl_ds.objectives import supcon
+from scpl_ds.memory_track import LiveBytes
+from scpl_ds.objectives import _contrast
 from scpl_ds.objectives.supcon import SupCon, supcon_loss
 
 torch.set_num_threads(1)
@@ -71,7 +72,7 @@ def test_an_anchor_without_positives_stays_in_the_paper_mean_and_leaves_the_khos
 
 
 def test_docstring_examples_hold():
-    failures, tried = doctest.testmod(supcon)
+    failures, tried = doctest.testmod(_contrast)
     assert tried and not failures
 
 
@@ -148,12 +149,99 @@ def test_the_same_label_in_any_integer_type_gives_the_same_loss():
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be > 0, got nan"),
         ({"pos_norm": "mean"}, "pos_norm must be 'paper' or 'khosla', got 'mean'"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1 row, got 0"),
     ],
 )
 def test_supcon_loss_refuses(change, message):
     arguments = {"embeddings": torch.zeros(4, 2), "labels": torch.zeros(4).long(), **change}
     with pytest.raises(ValueError, match=message):
         supcon_loss(**arguments)
+
+
+# ------------------------------------------------------------------------------ chunks of anchors
+
+
+def remembered_rows(rows, *, width=7):
+    features, labels = random_batch(rows, 3, seed=99, width=width)
+    labels[::4] = -100
+    return features, labels
+
+
+@pytest.mark.parametrize("pos_norm", ["paper", "khosla"])
+@pytest.mark.parametrize("remembered", [None, 0, 11])
+@pytest.mark.parametrize("rows, chunk_size", [(2, 1), (24, 1), (24, 8), (25, 8), (25, 24), (40, 7)])
+def test_chunks_of_anchors_give_the_loss_and_the_gradient_of_one_piece(
+    rows, chunk_size, remembered, pos_norm
+):
+    h, labels = random_batch(rows, 3)
+    labels[3::5] = -100
+    memory = None if remembered is None else remembered_rows(remembered)
+    in_chunks, whole = (
+        value_and_gradient(
+            lambda x, c=c: supcon_loss(x, labels, pos_norm=pos_norm, memory=memory, chunk_size=c), h
+        )
+        for c in (chunk_size, rows)
+    )
+    # Gradients of the chunks are added up in another order.
+    torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_the_gradient_is_that_of_finite_differences(chunk_size):
+    h, labels = random_batch(7, 3)
+    labels[2] = -100
+    memory = remembered_rows(4)
+    assert torch.autograd.gradcheck(
+        lambda x: supcon_loss(x, labels, temperature=0.5, memory=memory, chunk_size=chunk_size),
+        h.requires_grad_(),
+    )
+
+
+def test_autocast_does_not_reach_the_similarities_that_backward_computes_again():
+    h, labels = random_batch(12, 3, dtype=torch.float32)
+    wanted = value_and_gradient(lambda x: supcon_loss(x, labels, chunk_size=5), h)
+    leaf = h.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = supcon_loss(leaf, labels, chunk_size=5)
+    loss.backward()
+    assert torch.equal(loss, wanted[0]) and torch.equal(leaf.grad, wanted[1])
+
+
+def peak_of(loss_of, embeddings):
+    """Bytes alive at once in forward and backward, of what they made."""
+    leaf = embeddings.clone().requires_grad_()
+    with LiveBytes([leaf]) as tracker:
+        loss_of(leaf).backward()
+    return tracker.peak
+
+
+@pytest.mark.parametrize("remembered", [0, 512])
+def test_no_more_than_a_few_chunks_of_similarities_live_at_a_time(remembered):
+    rows, chunk_size = 1024, 32
+    h, labels = random_batch(rows, 3, dtype=torch.float32)
+    memory = remembered_rows(remembered)
+
+    def peak(chunk_size):
+        return peak_of(lambda x: supcon_loss(x, labels, memory=memory, chunk_size=chunk_size), h)
+
+    matrix = 4 * rows * (rows + remembered)
+    assert peak(chunk_size) < 8 * matrix * chunk_size / rows  # of 32 chunks
+    assert peak(rows) > 2 * matrix
+
+
+def test_memory_grows_with_the_rows_and_not_with_their_square():
+    def peak(rows):
+        h, labels = random_batch(rows, 3, dtype=torch.float32)
+        return peak_of(lambda x: supcon_loss(x, labels, chunk_size=16), h)
+
+    assert peak(2048) < 2.2 * peak(1024)
+
+
+@pytest.mark.slow
+def test_sixteen_thousand_rows_fit():
+    """One [N, N] matrix of them would take 1 GiB."""
+    h, labels = random_batch(16384, 10, dtype=torch.float32, width=128)
+    assert peak_of(lambda x: supcon_loss(x, labels), h) < 512 * 2**20
 
 
 # ------------------------------------------------------------------------------- the objective
@@ -184,6 +272,26 @@ def test_the_papers_setting_is_the_loss_of_the_masked_means():
     pooled = torch.stack([row[m.bool()].mean(0) for row, m in zip(hidden, mask, strict=True)])
     torch.testing.assert_close(out.loss, supcon_loss(pooled, labels), rtol=1e-6, atol=1e-6)
     assert not list(objective.parameters())
+
+
+def test_the_recipes_chunk_size_bounds_what_the_objective_takes_and_not_what_it_learns():
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(512, 8, generator=generator)
+    labels = torch.randint(0, 3, (512,), generator=generator)
+    peaks, outputs, gradients = [], [], []
+    for chunk_size in (16, 512):
+        objective = build(chunk_size=chunk_size, feature_queue=64)
+        for _ in range(2):  # the second micro-batch meets a queue that is full
+            with LiveBytes([hidden, *objective.parameters(), *objective.buffers()]) as tracker:
+                output = objective(hidden, attention_mask=None, labels=labels)
+                output.loss.backward()
+        peaks.append(tracker.peak)
+        outputs.append(output)
+        gradients.append([parameter.grad for parameter in objective.parameters()])
+    assert 4 * peaks[0] < peaks[1]
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert torch.equal(*(output.metrics["valid_anchor_fraction"] for output in outputs))
 
 
 def test_every_head_parameter_gets_a_gradient_even_without_a_pair():
@@ -310,6 +418,7 @@ def test_a_head_without_a_known_width_is_refused_and_one_without_parameters_is_n
         ({"projection": "identity", "projection_dim": 4}, "projection_dim: 4 needs a head"),
         ({"projection": "linear", "hidden_dim": 4}, "hidden_dim: 4 is the hidden layer of an mlp"),
         ({"projection_dim": 0}, "greater than 0"),
+        ({"chunk_size": 0}, "greater than 0"),
     ],
 )
 def test_options_refuse(options, message):

@@ -59,6 +59,9 @@ class Recorder(Tracker):
     def tick(self, step):
         self.calls.append(("tick", step))
 
+    def picture(self, name, svg):
+        self.calls.append(("picture", name, svg))
+
     def finish(self, summary, *, exit_code=0):
         self.calls.append(("finish", summary, exit_code))
 
@@ -71,7 +74,7 @@ class FailsIn(Recorder):
         self.what = what
 
     def __getattribute__(self, name):
-        if name in ("start", "log", "tick", "finish") and name == self.what:
+        if name in ("start", "log", "tick", "picture", "finish") and name == self.what:
             raise ConnectionError("the server is gone")
         return super().__getattribute__(name)
 
@@ -81,6 +84,7 @@ def run_through(trackers: TrackerSet) -> None:
     for step in (1, 2, 3):
         trackers.tick(step)
         trackers.log({"head/loss": 1.0}, step)
+    trackers.picture("profile/timeline", Path("timeline.svg"))
     trackers.finish({"eval_accuracy": 0.9})
 
 
@@ -89,16 +93,17 @@ def test_every_tracker_gets_every_call(tmp_path):
     run_through(TrackerSet([recorder]))
     assert recorder.calls[0] == ("start", {"a": 1}, 3, None)
     assert recorder.calls[1:3] == [("tick", 1), ("log", {"head/loss": 1.0}, 1)]
+    assert recorder.calls[-2] == ("picture", "profile/timeline", Path("timeline.svg"))
     assert recorder.calls[-1] == ("finish", {"eval_accuracy": 0.9}, 0)
-    assert len(recorder.calls) == 8
+    assert len(recorder.calls) == 9
 
 
-@pytest.mark.parametrize("what", ["start", "log", "tick", "finish"])
+@pytest.mark.parametrize("what", ["start", "log", "tick", "picture", "finish"])
 def test_a_failing_tracker_is_reported_once_and_the_others_go_on(tmp_path, caplog, what):
     recorder = Recorder(run_dir=tmp_path)
     with caplog.at_level(logging.WARNING):
         run_through(TrackerSet([FailsIn(what, run_dir=tmp_path), recorder]))
-    assert len(recorder.calls) == 8
+    assert len(recorder.calls) == 9
     (record,) = caplog.records
     assert f"FailsIn failed in {what}" in record.getMessage()
     assert "ConnectionError: the server is gone" in record.getMessage()
@@ -283,7 +288,7 @@ def test_a_console_line_shows_what_was_measured_in_a_fixed_order():
         ),
         ({"stage0/loss": NAN}, 12345, 100000, "step  12345/100000  loss s0 nan"),
         ({"perf/samples_per_s": 33.33}, 5, 10, "step    5/10  33.3 samples/s"),
-        ({"perf/bubble_fraction": 0.1}, 5, 10, "step    5/10"),  # nobody measures it
+        ({"perf/bubble_fraction": 0.104}, 5, 10, "step    5/10  bubble 10%"),
         (
             {"perf/samples_per_s": 5.0, "perf/tokens_per_s": 2.5e6},
             5,
@@ -434,6 +439,28 @@ def test_an_offline_run_holds_config_metrics_steps_and_summary_and_touches_no_ne
     assert run.summary["eval_accuracy"] == 0.8
     assert f"wandb sync {run_dir}/wandb/offline-run-*-{run.run_id}" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_picture_is_kept_whole_in_an_offline_run_at_the_last_step(run_dir):
+    picture = run_dir / "timeline.svg"
+    picture.write_text('<svg xmlns="http://www.w3.org/2000/svg"><rect width="3"/></svg>\n')
+    body = """
+        t = tracker(mode="offline")
+        t.start({})
+        t.log({"head/loss": 1.0}, 7)
+        t.picture("profile/timeline", Path(sys.argv[1]) / "timeline.svg")
+        t.finish({"bubble_fraction": 0.25})
+    """
+    done = wandb_process(run_dir, body)
+    assert done.returncode == 0, done.stderr
+    (path,) = offline_runs(run_dir)
+    run = read_wandb_file(path)
+    row = run.history[-1]
+    assert row["train/global_step"] == 7
+    assert row["profile/timeline/_type"] == "html-file"
+    (kept,) = path.parent.glob("files/media/html/**/*.html")
+    assert kept.read_text().strip() == picture.read_text().strip()
+    assert run.summary["bubble_fraction"] == 0.25
 
 
 def test_a_resumed_run_keeps_its_id_and_repeats_no_step(run_dir):
