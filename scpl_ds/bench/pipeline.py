@@ -42,10 +42,11 @@ from scpl_ds.setup import Model
 log = logging.getLogger(__name__)
 
 MICRO_BATCHES = 48
-"""Of a run by default."""
+FLUSHED_MICRO_BATCHES = 24
+"""Of a run by default: where every step ends before the next begins, a longer run is no faster."""
 EMULATED_MICRO_BATCHES = 800
 EMULATED_FLUSHED_MICRO_BATCHES = 40
-_LEAST_STEPS = 5
+_LEAST_STEPS = 3
 _IMPORTED = (
     "deepspeed",
     "torch.distributed.pipelining",
@@ -86,7 +87,7 @@ class Options:
         """Optimizer steps of one run of a system."""
         if self.steps is not None:
             return self.steps
-        wanted = MICRO_BATCHES
+        wanted = FLUSHED_MICRO_BATCHES if entry.flushed else MICRO_BATCHES
         if self.emulate is not None:
             wanted = EMULATED_FLUSHED_MICRO_BATCHES if entry.flushed else EMULATED_MICRO_BATCHES
         return max(_LEAST_STEPS, -(-wanted // num_micro_batches))
