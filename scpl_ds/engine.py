@@ -64,6 +64,7 @@ class Engine:
             self.stages, plan.num_stages, mesh, channel, section,
             schedule=schedule, sync=sync, clip_scope=clip_scope,
         )  # fmt: skip
+        self.start_timeline(keep=False)
         self._batch_id = 0
         self._eval_calls = 0
         self._data_iterator: Iterator[Batch] | None = None
@@ -313,6 +314,7 @@ class Engine:
             batch, loss = stage.evaluate(batch)
         last = self.is_last_stage()
         if not last:
+            self.channel.flush()  # the micro-batch before, now that this one has been queued
             self.channel.send(batch, "eval")
         return Evaluated(loss, self.stages[-1].logits, batch.labels if last else None)
 

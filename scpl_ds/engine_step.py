@@ -72,12 +72,14 @@ class StepWalk:
         micro_batches = self._section.gradient_accumulation_steps
         stepped: list[int] = []
         for action in self._schedule(list(self._stages), self._num_stages, micro_batches):
+            if isinstance(action, Step):
+                stepped.append(action.stage)
+                if self._clip_scope == "global":
+                    continue
             kind = _KINDS[type(action)]
             start = self.timeline.begin(kind)
             if isinstance(action, Step):
-                stepped.append(action.stage)
-                if self._clip_scope == "stage":
-                    self._stages[action.stage].step(lr)
+                self._stages[action.stage].step(lr)
             else:
                 self._carry_out(action, step, load, last=action.micro_batch == micro_batches - 1)
             self.timeline.end(
@@ -87,6 +89,7 @@ class StepWalk:
                 step=step,
                 micro_batch=getattr(action, "micro_batch", -1),
             )
+        self._channel.flush()  # of a schedule that sends after its last backward
         if sorted(stepped) != sorted(self._stages):
             raise ScheduleError(
                 f"the schedule stepped the stages {stepped}, but this rank has "
@@ -141,15 +144,16 @@ class StepWalk:
         for stage, norm in zip(stages, norms, strict=True):
             clips = factor < 1 and math.isfinite(norm)
             limit = (norm + 1e-6) * factor if clips else 0.0
-            self._timed("step", step, functools.partial(stage.step, lr, clip_to=limit))
+            update = functools.partial(stage.step, lr, clip_to=limit)
+            self._timed("step", step, update, stage=stage.index)
             stage.metrics["global_grad_norm"] = torch.tensor(total)
 
     def _meet(self) -> None:
         self._channel.drain()
         barrier(self._mesh)
 
-    def _timed(self, kind: Kind, step: int, work: Callable[[], T]) -> T:
+    def _timed(self, kind: Kind, step: int, work: Callable[[], T], *, stage: int = -1) -> T:
         start = self.timeline.begin(kind)
         result = work()
-        self.timeline.end(kind, start, stage=-1, step=step, micro_batch=-1)
+        self.timeline.end(kind, start, stage=stage, step=step, micro_batch=-1)
         return result

@@ -68,6 +68,10 @@ def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> s
     parts["deepspeed"] = dict(deepspeed)
     for section, keys in _NOT_IN_FINGERPRINT.items():
         parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
+    # In how many pieces the same objective is computed.
+    objective = dict(parts["scpl"]["objective"])
+    objective.pop("chunk_size", None)
+    parts["scpl"]["objective"] = objective
     for fill in FILLS.values():
         for key in fill.train_keys:  # already in parts["deepspeed"]
             parts["train"].pop(key, None)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from scpl_ds.checkpoint import write_text
 from scpl_ds.distributed.collectives import MetricsMailbox, barrier, gather_objects
 from scpl_ds.distributed.mesh import Mesh
@@ -24,6 +26,8 @@ from scpl_ds.trackers._base import TrackerSet
 log = logging.getLogger(__name__)
 
 _BARRIERS = 8
+_RANKS_SHOWN = 16
+"""In a larger world the metrics of a logging step are means over ranks only."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -106,6 +110,8 @@ class Reporter:
     def paused(self) -> Iterator[None]:
         """Time and memory inside count nowhere: evaluation, saving. What was posted before is on
         its way when it begins."""
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)  # what was asked for before is not inside
         began = time.monotonic()
         try:
             with self._meter.paused(), self._memory.paused():
@@ -126,7 +132,8 @@ class Reporter:
         totals = self._engine.timeline.totals(wait=False)
         for name, share in shares(since(self._window, totals)).items():
             values[f"perf/{name}"] = share  # the mailbox makes it the mean over ranks
-            values[f"perf/rank{self._mesh.rank}/{name}"] = share
+            if self._mesh.world_size <= _RANKS_SHOWN:
+                values[f"perf/rank{self._mesh.rank}/{name}"] = share
         self._window = totals
         self._mailbox.post(step, values)
 
@@ -137,13 +144,12 @@ class Reporter:
 
     def finish(self, folder: RunFolder) -> RunTotals:
         """After the last step, on every rank (waits): the totals, and the profile's files."""
-        timeline = self._engine.timeline
-        rates, seconds = self._meter.total(), self._meter.seconds
+        own = shares(self._engine.timeline.totals())
         stages = [stage.index for stage in self._engine.stages]
+        self._engine.drain()
+        barrier(self._mesh)
+        rates, seconds = self._meter.total(), self._meter.seconds
         with self.paused():
-            own = shares(timeline.totals())
-            self._engine.drain()
-            barrier(self._mesh)
             self.show()
             who = {"rank": self._mesh.rank, "stages": stages}
             everyone = gather_objects(self._mesh, {**who, **own})

@@ -17,6 +17,7 @@ _KINDS: dict[str, Kind] = {
     "ForwardPass": "forward",
     "BackwardPass": "backward",
     "OptimizerStep": "step",
+    "ReduceGrads": "step",
     "RecvActivation": "receive",
     "RecvGrad": "receive",
     "SendActivation": "send",
@@ -66,6 +67,9 @@ class DeepSpeedPipeline(Rival):
                 ),
                 dist_init_required=False,
             )[0]
+        if mesh.dp_size == 1 and zero_stage == 0:
+            # It would flatten, send to itself and copy back all gradients of every step.
+            self.engine.pipeline_enable_backward_allreduce = False
         self.engine._INSTRUCTION_MAP = {
             instruction: self._watched(instruction.__name__, work)
             for instruction, work in self.engine._INSTRUCTION_MAP.items()

@@ -46,7 +46,7 @@ FLUSHED_MICRO_BATCHES = 24
 """Of a run by default: where every step ends before the next begins, a longer run is no faster."""
 EMULATED_MICRO_BATCHES = 800
 EMULATED_FLUSHED_MICRO_BATCHES = 40
-_LEAST_STEPS = 3
+_LEAST_STEPS = 5
 _IMPORTED = (
     "deepspeed",
     "torch.distributed.pipelining",
@@ -94,7 +94,7 @@ class Options:
 
     def limit_s(self, num_micro_batches: int) -> float:
         if self.emulate is None:
-            return LIMIT_S
+            return LIMIT_S + 10.0 * (self.steps or 0) * num_micro_batches
         one_after_the_other = sum(self.emulate) / 1e3 * self.ranks * num_micro_batches
         steps = max(self.steps_of(entry, num_micro_batches) for entry in systems.entries().values())
         return LIMIT_S + 2 * steps * one_after_the_other
@@ -131,7 +131,8 @@ def run(
     chosen = systems.choose(options.systems, known, emulated=options.emulate is not None)
     pinning = pin(options)
     figures: dict[str, Any] = {
-        "machine": describe_machine() | {"threads": options.threads, "pinning": pinning},
+        "machine": describe_machine()
+        | {"device": "cpu", "threads": options.threads, "pinning": pinning},
         "settings": dataclasses.asdict(options) | {"systems": list(chosen)},
         "rows": [],
         "summary": [],

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from scpl_ds.bench.ranks import Report
 from scpl_ds.bench.systems import Entry, Task
-from scpl_ds.schedules import gpipe, one_f_one_b, simulate
-from scpl_ds.simulation import Slot
+from scpl_ds.errors import RecipeError
+from scpl_ds.schedules import bubble_fraction, gpipe, length, one_f_one_b, simulate
 from scpl_ds.timeline import shares
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ def measured_row(name: str, entry: Entry, task: Task, runs: Sequence[Run]) -> Ro
         "spread": (max(rates) - min(rates)) / median,
         "repeats": rates,
         "steps": runs[0].steps,
-        "bubble": _bubble(runs),
+        "bubble": _bubble(runs) if entry.kind != "whole" else None,
         "peak_memory_bytes": max(r.peak_memory for run in runs for r in run.reports),
         "bytes_sent": None if None in sent else statistics.median(b for b in sent if b is not None),
         "other_cpu_cores": statistics.median(others) if others else None,
@@ -64,7 +64,8 @@ def simulated_row(row: Row, task: Task) -> Row:
     """``row``, or if it is an error of a schedule with a name, what its drawing says: the same
     lengths, messages and optimizer free."""
     schedule = _SIMULATED.get(row["system"])
-    if "error" not in row or schedule is None or task.lengths is None:
+    refused = row.get("error", "").partition(": ")[2].startswith(RecipeError.__name__)
+    if not refused or schedule is None or task.lengths is None:
         return row
     forward, backward = (seconds * task.micro_batch_size for seconds in task.lengths)
     slots = simulate(
@@ -75,7 +76,7 @@ def simulated_row(row: Row, task: Task) -> Row:
         backward=backward,
         gradients_travel_back=True,
     )
-    rate = task.rows / _length(slots)
+    rate = task.rows / length(slots)
     return {
         "system": row["system"],
         "kind": "pipeline",
@@ -83,18 +84,23 @@ def simulated_row(row: Row, task: Task) -> Row:
         "samples_per_s": rate,
         "tokens_per_s": rate * task.sequence_length,
         "repeats": [],
+        "spread": None,
+        "bubble": bubble_fraction(slots),
+        "peak_memory_bytes": None,
+        "bytes_sent": None,
         "measured": False,
         "why_simulated": row["error"],
     }
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """Put ``ratio_to_1f1b`` (DeepSpeed's, without ZeRO) and ``ratio_to_stage_alone`` into every row
-    that has a figure; None where there is nothing to compare with."""
-    by_name = {row["system"]: row for row in rows}
+    """Put ``ratio_to_1f1b`` (the faster of DeepSpeed's two) and ``ratio_to_stage_alone`` into every
+    row that has a figure; None where there is nothing to compare with."""
+    by_name = {row["system"]: row for row in rows if "error" not in row}
+    deepspeed = _best([by_name[name] for name in _1F1B if name in by_name])
     for row in rows:
         if "error" not in row:
-            row["ratio_to_1f1b"] = ratio(row, by_name.get(_1F1B[0]))
+            row["ratio_to_1f1b"] = ratio(row, deepspeed)
             row["ratio_to_stage_alone"] = ratio(row, by_name.get(_ALONE))
 
 
@@ -113,13 +119,15 @@ def summarise(rows: Sequence[Row]) -> Row:
 
     Keys: ``micro_batches``, ``scpl_stream`` (samples/s), and ``to_stage_alone``,
     ``to_deepspeed_1f1b`` (the better of its two settings, ``deepspeed_1f1b``), ``to_best_pipeline``
-    (``best_pipeline`` names it) and ``to_authors``, ratios of paired repeats; None where a system
+    (``best_pipeline`` names it), ``to_best_whole`` (``best_whole``: without stages) and
+    ``to_authors``, ratios of paired repeats; None where a system
     is missing.
     """
     good = {row["system"]: row for row in rows if "error" not in row}
     ours = good.get("scpl-stream")
     deepspeed = _best([good[name] for name in _1F1B if name in good])
     best = _best([row for row in good.values() if row["kind"] == "pipeline"])
+    whole = _best([row for row in good.values() if row["kind"] == "whole"])
     return {
         "micro_batches": rows[0]["micro_batches"],
         "scpl_stream": None if ours is None else ours["samples_per_s"],
@@ -128,6 +136,8 @@ def summarise(rows: Sequence[Row]) -> Row:
         "deepspeed_1f1b": None if deepspeed is None else deepspeed["system"],
         "to_best_pipeline": ratio(ours, best),
         "best_pipeline": None if best is None else _name(best),
+        "to_best_whole": ratio(ours, whole),
+        "best_whole": None if whole is None else _name(whole),
         "to_authors": ratio(ours, good.get("authors")),
     }
 
@@ -146,7 +156,8 @@ def _samples_per_s(entry: Entry, task: Task, run: Run) -> float:
 
 
 def _bubble(runs: Sequence[Run]) -> float | None:
-    """Mean over ranks and runs of the share of time without forward, backward or step."""
+    """Mean over ranks and runs of the share of time without forward, backward or step; gradient
+    traffic among data-parallel ranks is in those."""
     totals = [report.totals for run in runs for report in run.reports]
     if not all(totals):
         return None
@@ -161,10 +172,6 @@ def _bytes_a_step(run: Run) -> float | None:
 
 def _sum(totals: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(of_run[key] for of_run in totals) for key in totals[0]}
-
-
-def _length(slots: Sequence[Slot]) -> float:
-    return max(slot.end for slot in slots) - min(slot.start for slot in slots)
 
 
 # -- words -----------------------------------------------------------------------------------
@@ -208,7 +215,7 @@ def render_summary(summary: Sequence[Row]) -> str:
     """What the streamed engine gains, a line a number of micro-batches."""
     head = (
         "M", "scpl-stream samples/s", "/ stage alone", "/ DeepSpeed 1F1B", "/ best backprop "
-        "pipeline", "/ authors' scheme",
+        "pipeline", "/ best without stages", "/ authors' scheme",
     )  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
     for row in summary:
@@ -218,6 +225,7 @@ def render_summary(summary: Sequence[Row]) -> str:
             _word(row["to_stage_alone"], "{:.3f}"),
             _word(row["to_deepspeed_1f1b"], "{:.2f} (" + str(row["deepspeed_1f1b"]) + ")"),
             _word(row["to_best_pipeline"], "{:.2f} (" + str(row["best_pipeline"]) + ")"),
+            _word(row["to_best_whole"], "{:.2f} (" + str(row["best_whole"]) + ")"),
             _word(row["to_authors"], "{:.2f}"),
         ]
         lines.append(_line(cells))

@@ -228,10 +228,10 @@ def _alone(task: Task, mesh: Mesh, device: torch.device) -> System:
 
 
 OURS: dict[str, Entry] = {
+    "stage-alone": Entry(_alone, "ours", flushed=False, alone=True),
     "scpl-stream": Entry(_stream, "ours", flushed=False),
     "scpl-step": Entry(_step, "ours"),
     "authors": Entry(_authors, "ours"),
-    "stage-alone": Entry(_alone, "ours", flushed=False, alone=True),
 }
 """``scpl-stream``: the engine as users get it. ``scpl-step``: flushed every step. ``authors``: the
 scheme of minyaho/SCPL, which joins all stages after every batch and has no micro-batches: the
@@ -289,7 +289,7 @@ def _rival(name: str, task: Task, mesh: Mesh, device: torch.device) -> System:
 
 
 _WHOLE = frozenset({"single", "ddp", "zero"})
-EMULATED_RIVALS = ("torch-gpipe", "torch-1f1b")
+EMULATED_RIVALS = ("naive", "torch-gpipe", "torch-1f1b", "deepspeed-1f1b")
 
 
 def entries() -> dict[str, Entry]:
@@ -298,7 +298,9 @@ def entries() -> dict[str, Entry]:
         name: Entry(functools.partial(_rival, name), "whole" if name in _WHOLE else "pipeline")
         for name in RIVALS
     }
-    return {**OURS, **rivals}
+    # Neighbours in time are compared best: the one that all are compared with comes first.
+    first = {"deepspeed-1f1b": rivals.pop("deepspeed-1f1b")}
+    return {**first, **OURS, **rivals}
 
 
 def choose(

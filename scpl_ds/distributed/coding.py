@@ -33,15 +33,16 @@ class Coded(NamedTuple):
 def encode(hidden_states: Tensor, name: str) -> Coded:
     """Round [..., D] to ``name`` (one of ``NAMES``).
 
-    fp16 saturates at its largest number. fp8 (e4m3) and int8 divide each row by its largest
-    magnitude first; a row of zeros stays one, and a row with a NaN or an infinity becomes NaN: it
-    is not hidden.
+    fp16 saturates at its largest number, but keeps an infinity. fp8 (e4m3) and int8 divide each row
+    by its largest magnitude first; a row of zeros stays one, and a row with a NaN or an infinity
+    becomes NaN: it is not hidden.
     """
     dtype, scaled = _CODES[name]
     if not scaled:
-        limit = torch.finfo(dtype).max
-        if limit < torch.finfo(hidden_states.dtype).max:
-            hidden_states = hidden_states.clamp(-limit, limit)
+        if dtype == torch.float16:
+            limit = torch.finfo(dtype).max
+            finite = hidden_states.isfinite()
+            hidden_states = torch.where(finite, hidden_states.clamp(-limit, limit), hidden_states)
         return Coded(hidden_states.to(dtype), None)
     rows = hidden_states.float()
     largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max

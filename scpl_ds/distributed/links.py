@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -31,6 +32,21 @@ TRANSPORTS: tuple[Transport, ...] = ("auto", "nccl", "gloo")
 _FIRST_ROOM = 64 * 1024
 """Bytes of a posted receive before anything larger has come."""
 _HEAD_ROOM = aligned(HEADER_LIMIT) + 64
+_POLL_S = 1e-3
+
+
+class LinkLost(Exception):
+    """The neighbour is gone, or has been silent for too long."""
+
+
+@contextlib.contextmanager
+def _neighbour() -> Iterator[None]:
+    """Around what talks to the neighbour, and nothing else: a device out of memory is no neighbour
+    that has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LinkLost(str(error).strip().partition("\n")[0]) from error
 
 
 class Outgoing:
@@ -71,7 +87,9 @@ class GlooLink:
         number = mesh.new_channel_number()
         self._tag, self._apart_tag = 2 * number, 2 * number + 1
         self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        # One each way: what arrives must not queue behind what nobody has taken yet.
+        self._outward = torch.cuda.Stream(device) if self._cuda else None
+        self._inward = torch.cuda.Stream(device) if self._cuda else None
         self._room_out = self._room_in = _FIRST_ROOM
         self._posted: tuple[Any, Tensor] | None = None
         self._waiting: collections.deque[Outgoing] = collections.deque()
@@ -82,14 +100,16 @@ class GlooLink:
         """Copy a message and start it on its way, without waiting for the receiver.
 
         Raises:
-            RuntimeError: The receiver is gone.
+            LinkLost: The receiver is gone.
         """
         out = Outgoing(what)
         layout = lay_out(tensors)
         size = size_of(layout)
         head = write_header({**header, "layout": layout})
         total = len(head) + size
-        if total <= self._room_out:
+        if size == 0:
+            out.pieces = [(head, self._tag)]
+        elif total <= self._room_out:
             message = self._host_memory(total)
             message[: len(head)] = head
             self._copy_out(out, message[len(head) :], layout, tensors)
@@ -100,31 +120,39 @@ class GlooLink:
             out.pieces = [(head, self._tag), (payload, self._apart_tag)]
             self._room_out = _HEAD_ROOM + size
         self._waiting.append(out)
-        if not self._cuda or not tensors:
+        if not self._cuda or size == 0:
             self.flush()
         return out
 
     def flush(self) -> None:
-        """Post what is ready, in order; waits for copies from the device."""
+        """Post what is ready, in order; waits for copies from the device.
+
+        Raises:
+            LinkLost: The receiver is gone.
+        """
         while self._waiting:
             out = self._waiting.popleft()
             if out.ready is not None:
                 out.ready.synchronize()
-            for piece, tag in out.pieces:
-                peer = self._mesh.next_rank
-                out.works.append(dist.isend(piece, peer, group=self._group, tag=tag))
+            with _neighbour():
+                for piece, tag in out.pieces:
+                    peer = self._mesh.next_rank
+                    out.works.append(dist.isend(piece, peer, group=self._group, tag=tag))
+
+    def forget(self) -> None:
+        """Drop what is not on its way yet: the device has failed, and would fail again."""
+        self._waiting.clear()
 
     def wait(self, out: Outgoing, timeout: datetime.timedelta) -> None:
         """Until the receiver has taken it.
 
         Raises:
-            RuntimeError: It is gone, or has not within ``timeout``.
+            LinkLost: It is gone, or has not within ``timeout``.
         """
         self.flush()
-        for work in out.works:
-            work.wait(timeout)
-        if out.gone is not None:
-            out.gone[0].synchronize()
+        with _neighbour():
+            for work in out.works:
+                work.wait(timeout)
 
     def _host_memory(self, nbytes: int) -> Tensor:
         # torch keeps pinned blocks for the next message, and waits for copies out of them.
@@ -133,22 +161,22 @@ class GlooLink:
     def _copy_out(
         self, out: Outgoing, payload: Tensor, layout: Layout, tensors: Mapping[str, Tensor]
     ) -> None:
-        with self._on_stream():
+        with self._on_its_way():
             fill(payload, layout, tensors)
-            if self._stream is not None and tensors:
-                for tensor in tensors.values():
-                    if tensor.is_cuda:
-                        tensor.record_stream(self._stream)
-                out.ready = self._stream.record_event()
+        if self._outward is not None:
+            for tensor in tensors.values():
+                if tensor.is_cuda:
+                    tensor.record_stream(self._outward)
+            out.ready = self._outward.record_event()
 
     @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """This link's own stream, behind what has been queued on the current one."""
-        if self._stream is None:
+    def _on_its_way(self) -> Iterator[None]:
+        """The stream of what leaves, behind what has been queued on the current one."""
+        if self._outward is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._outward.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._outward):
             yield
 
     # -- receiving -------------------------------------------------------------------------
@@ -159,38 +187,45 @@ class GlooLink:
         Posts the receive of the message after it before it returns.
 
         Raises:
-            RuntimeError: The sender is gone, or silent for ``timeout``.
+            LinkLost: The sender is gone, or silent for ``timeout``.
         """
         work, message = self._posted or self._post()
         self._posted = None
-        work.wait(timeout)
+        with _neighbour():
+            work.wait(timeout)
         header, rest = read_header(message)
         size = size_of(header["layout"])
         if size > len(rest):
             rest = self._host_memory(size)
-            later = dist.irecv(
-                rest, self._mesh.previous_rank, group=self._group, tag=self._apart_tag
-            )
+            work = self._irecv(rest, self._apart_tag)
             self._room_in = _HEAD_ROOM + size
-            self._posted = self._post()
-            assert later is not None
-            later.wait(timeout)
+            self._post_ahead()
+            with _neighbour():
+                work.wait(timeout)
         else:
-            self._posted = self._post()
+            self._post_ahead()
         return header, self._copy_in(rest[:size])
+
+    def _post_ahead(self) -> None:
+        """A sender that has sent its last word may have gone; what it sent has still arrived."""
+        with contextlib.suppress(LinkLost):
+            self._posted = self._post()
 
     def _post(self) -> tuple[Any, Tensor]:
         room = self._host_memory(self._room_in)
-        work = dist.irecv(room, self._mesh.previous_rank, group=self._group, tag=self._tag)
-        return work, room
+        return self._irecv(room, self._tag), room
+
+    def _irecv(self, room: Tensor, tag: int) -> Any:
+        with _neighbour():
+            return dist.irecv(room, self._mesh.previous_rank, group=self._group, tag=tag)
 
     def _copy_in(self, payload: Tensor) -> Tensor:
-        if self._stream is None:
+        if self._inward is None:
             return payload
         current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._inward):
             moved = payload.to(self._device, non_blocking=True)
-        current.wait_stream(self._stream)
+        current.wait_stream(self._inward)
         moved.record_stream(current)
         return moved
 
@@ -219,41 +254,50 @@ class NcclLink(GlooLink):
         if layout:
             payload = torch.empty(size_of(layout), dtype=torch.uint8, device=self._device)
             fill(payload, layout, tensors)
-            with self._on_stream():
+            with self._on_its_way(), _neighbour():
                 work = dist.isend(payload, self._mesh.next_rank, group=self._payloads)
-                assert work is not None and self._stream is not None
+                assert work is not None and self._outward is not None
                 work.wait()  # this stream waits, not the host
-                out.gone = self._stream.record_event(), payload
+                out.gone = self._outward.record_event(), payload
         return out
+
+    def wait(self, out: Outgoing, timeout: datetime.timedelta) -> None:
+        super().wait(out, timeout)
+        deadline = time.monotonic() + timeout.total_seconds()
+        while out.gone is not None and not out.gone[0].query():
+            if time.monotonic() > deadline:
+                raise LinkLost(f"NCCL has not sent it within {timeout.total_seconds():.0f} s")
+            time.sleep(_POLL_S)
 
     def receive(self, timeout: datetime.timedelta) -> tuple[dict[str, Any], Tensor]:
         header, payload = super().receive(timeout)
         header["layout"] = header.pop("device_layout", header["layout"])
-        if not header["layout"] or self._stream is None:
+        if not header["layout"] or self._inward is None:
             return header, payload
         current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._inward), _neighbour():
             payload = torch.empty(size_of(header["layout"]), dtype=torch.uint8, device=self._device)
             work = dist.irecv(payload, self._mesh.previous_rank, group=self._payloads)
             assert work is not None
             work.wait()
-        current.wait_stream(self._stream)
+        current.wait_stream(self._inward)
         payload.record_stream(current)
         return header, payload
 
 
 def make_link(transport: Transport, mesh: Mesh, device: torch.device) -> GlooLink:
-    """The link that ``scpl.transport`` asks for; ``auto``: NCCL where every rank has a GPU of its
-    own, else gloo. Every rank must call it (NCCL makes its communicators).
+    """The link that ``scpl.transport`` asks for; ``auto`` is gloo until NCCL has been run between
+    two GPUs. Every rank must call it (NCCL makes its communicators).
 
     Raises:
         RecipeError: NCCL, where it cannot work.
     """
-    if transport == "nccl" and not mesh.has_nccl:
+    if transport != "nccl":
+        return GlooLink(mesh, device)
+    if not mesh.has_nccl:
         found = "ranks share a GPU" if device.type == "cuda" else f"the device is '{device.type}'"
         raise RecipeError(
             f"scpl.transport: nccl needs a CUDA device of its own for every rank, but {found}. Use "
             "scpl.transport: auto or gloo."
         )
-    use_nccl = transport != "gloo" and mesh.has_nccl and mesh.pp_size > 1
-    return (NcclLink if use_nccl else GlooLink)(mesh, device)
+    return (NcclLink if mesh.pp_size > 1 else GlooLink)(mesh, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scpl_ds.batch import MicroBatch, Tag
 from scpl_ds.distributed.coding import Coded, decode, encode, round_trip
-from scpl_ds.distributed.links import Outgoing, Transport, make_link
+from scpl_ds.distributed.links import LinkLost, Outgoing, Transport, make_link
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.messages import views
 from scpl_ds.errors import BoundaryError
@@ -105,7 +105,10 @@ class BoundaryChannel:
     def flush(self) -> None:
         """Start what waits for the device on its way; to be called when the device has been given
         more to do, for it may wait. Nothing to do on a CPU."""
-        self._link.flush()
+        try:
+            self._link.flush()
+        except LinkLost as error:
+            raise self._broken("could not send to", self._mesh.next_rank, error) from error
 
     def across(self, batch: MicroBatch) -> MicroBatch:
         """``batch`` as the next stage gets it although it is on this rank: rounded as if it had
@@ -126,6 +129,7 @@ class BoundaryChannel:
         if self._mesh.next_rank is None:
             return
         try:
+            self._link.forget()
             self._post("an error", {"kind": "error", "message": message[:2000]}, {})
             # Gloo forgets what is not taken when this process ends, and the peer may be computing.
             self._timeout = min(self._timeout, _LAST_WORDS)
@@ -141,7 +145,7 @@ class BoundaryChannel:
     def _post(self, what: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         try:
             self._in_flight.append(self._link.send(what, header, tensors))
-        except RuntimeError as error:
+        except LinkLost as error:
             raise self._broken(f"could not send {what} to", self._mesh.next_rank, error) from error
 
     def _wait_for_oldest(self) -> None:
@@ -149,7 +153,7 @@ class BoundaryChannel:
         began = time.monotonic()
         try:
             self._link.wait(oldest, self._timeout)
-        except RuntimeError as error:
+        except LinkLost as error:
             raise self._broken(
                 f"waited {time.monotonic() - began:.0f} s for {oldest.what} to be taken by",
                 self._mesh.next_rank,
@@ -171,7 +175,7 @@ class BoundaryChannel:
         began = time.monotonic()
         try:
             header, payload = self._link.receive(self._timeout)
-        except RuntimeError as error:
+        except LinkLost as error:
             waited = time.monotonic() - began
             raise self._broken(f"waited {waited:.0f} s for {what} from", peer, error) from error
         if header["kind"] == "end":
@@ -206,7 +210,7 @@ class BoundaryChannel:
     def _broken(self, did: str, peer: int | None, cause: Exception) -> BoundaryError:
         return BoundaryError(
             f"{self._me()} {did} rank {peer}, which is no longer running or is stuck; "
-            f"its own log says why. [{str(cause).strip().splitlines()[0]}]"
+            f"its own log says why. [{cause}]"
         )
 
 
@@ -218,5 +222,6 @@ def _unpack(header: dict[str, Any], payload: Tensor, tag: Tag) -> MicroBatch:
     parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "extras": {}}
     for name, tensor in tensors.items():
         room, _, key = name.partition("/")
-        parts[room][key] = tensor
+        # Hidden states are let go of before the rest, and must not stay with it.
+        parts[room][key] = tensor.clone()
     return MicroBatch(parts["inputs"], tag, hidden, parts["extras"])
