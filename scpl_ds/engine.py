@@ -373,6 +373,12 @@ class Engine:
         self.drain()
         reader = checkpoint.Reader(checkpoint.resolve(Path(load_dir), tag))
         reader.require_layers(self.plan.bounds[-1])
+        if self.plan.method == "time" and tuple(reader.manifest["bounds"]) != self.plan.bounds:
+            log.warning(
+                "scpl.partition: time cut at layers %s this time, and %s at %s: local heads whose "
+                "boundary moved start anew. To keep the cut, write it down as ranges.",
+                list(self.plan.bounds), reader.folder, reader.manifest["bounds"],
+            )  # fmt: skip
         with_optimizer = load_optimizer_states and not load_module_only
         for stage in self.stages:
             stage.read(reader, with_optimizer=with_optimizer)

@@ -171,7 +171,7 @@ class ScplSection(Section):
     ] = "flops"
     """Where to cut: equal work (``flops``), equal memory (``parameters``), equal layer counts
     (``uniform``), equal times of the layers, measured by rank 0 before the run (``time``; a resumed
-    run keeps its cut), or ranges of layers such as ``[[0, 3], [3, 6]]``."""
+    run of a recipe keeps its cut), or ranges of layers such as ``[[0, 3], [3, 6]]``."""
     objective: ObjectiveChoice = Field(
         default_factory=lambda: ObjectiveChoice.model_validate("supcon")
     )
@@ -184,8 +184,8 @@ class ScplSection(Section):
     """Messages that may wait at a boundary before the sender pauses; each holds one micro-batch of
     hidden states, and so does the one that the receiver takes ahead."""
     transport: Literal["auto", "nccl", "gloo"] = "auto"
-    """What carries them: ``nccl`` from GPU to GPU (two GPUs have not been tried yet), ``gloo``
-    through host memory; ``auto``: nccl where every rank has a GPU of its own."""
+    """What carries them: ``gloo`` through host memory, ``nccl`` from GPU to GPU; ``auto`` is gloo
+    until nccl has been run between two GPUs."""
     boundary_dtype: Literal["bf16", "fp16", "fp8", "int8"] | None = None
     """Hidden states cross a boundary in this dtype in training (fp8 and int8 with a scale a row).
     No gradient depends on it, but it changes what the next stage learns from."""

@@ -58,8 +58,8 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=_count, default=None,
-        help="optimizer steps of one run; default: 48 micro-batches where stages run ahead and 24 "
-        "where every step is flushed, 800 and 40 with --emulate; at least 5 steps",
+        help="optimizer steps of one run; default: 48 micro-batches where stages run ahead and 16 "
+        "where every step is flushed, 800 and 40 with --emulate; at least 4 steps",
     )  # fmt: skip
     parser.add_argument("--threads", type=_count, default=1, help="of a rank; default: %(default)s")
     parser.add_argument("--systems", type=_names, default=None, metavar="A,B", help="only these")

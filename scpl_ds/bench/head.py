@@ -33,7 +33,7 @@ class Size:
     hidden_size: int = 256
     layers: int = 8
     sequence_length: int = 64
-    vocab_size: int = 8192
+    vocab_size: int = 4096
 
 
 def measure(

@@ -42,11 +42,11 @@ from scpl_ds.setup import Model
 log = logging.getLogger(__name__)
 
 MICRO_BATCHES = 48
-FLUSHED_MICRO_BATCHES = 24
+FLUSHED_MICRO_BATCHES = 16
 """Of a run by default: where every step ends before the next begins, a longer run is no faster."""
 EMULATED_MICRO_BATCHES = 800
 EMULATED_FLUSHED_MICRO_BATCHES = 40
-_LEAST_STEPS = 5
+_LEAST_STEPS = 4
 _IMPORTED = (
     "deepspeed",
     "torch.distributed.pipelining",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import tempfile
@@ -40,8 +41,8 @@ from scpl_ds.schedules import (
 )
 
 GPUS = tuple(2**n for n in range(1, 11))
-PIPELINES = ("scpl stream", "1F1B", "interleaved 1F1B", "zero bubble")
-WHOLE = ("DDP", "FSDP")
+PIPELINES = ("scpl stream", "1F1B", "interleaved 1F1B", "ZB-H1")
+WHOLE = ("DDP or ZeRO-1", "FSDP")
 _STEPS = 2
 _ENOUGH = 8
 """Micro-batches per stage beyond which more of them are not tried: the bubble is small by then."""
@@ -215,17 +216,28 @@ def _best(found: Iterator[Prediction]) -> Prediction | None:
 
 
 def _pipelines(inputs: Inputs, name: str, gpus: int) -> Iterator[Prediction]:
-    virtual = 2 if name == "interleaved 1F1B" else 1
-    for ranks in range(2, min(gpus, inputs.layers // virtual) + 1):
+    most = inputs.layers // 2 if name == "interleaved 1F1B" else 1
+    for virtual, ranks in itertools.product(range(min(most, 2), most + 1), range(2, gpus + 1)):
         copies, rest = divmod(gpus, ranks)
-        if rest or inputs.global_batch % copies:
+        if rest or inputs.global_batch % copies or ranks * virtual > inputs.layers:
             continue
         choices = _micro_batches(inputs, inputs.global_batch // copies, ranks)
         if name == "scpl stream":
             choices = [next(choices)]  # it has no bubble that smaller ones could fill
         for micro, count in choices:
-            period = _period(inputs, name, ranks, virtual, copies, micro, count)
+            period = max(
+                _period(inputs, name, ranks, virtual, copies, micro, count),
+                _sending(inputs, name, ranks, virtual, copies),
+            )
             yield Prediction(inputs.global_batch / period, ranks, copies, micro)
+
+
+def _sending(inputs: Inputs, name: str, ranks: int, virtual: int, copies: int) -> float:
+    """Seconds that a rank in the middle sends in a step: a link carries one message at a time."""
+    ways = 1 if name == "scpl stream" else 2  # to the next rank, and gradients to the one before
+    messages = ways * virtual * inputs.global_batch / copies * inputs.boundary_bytes
+    parameters = inputs.layers / ranks * inputs.parameter_bytes
+    return messages / inputs.bandwidth + _ring(inputs, 2, parameters, copies)
 
 
 def _micro_batches(inputs: Inputs, samples: int, ranks: int) -> Iterator[tuple[int, int]]:
@@ -263,7 +275,7 @@ def _period(
     local = name == "scpl stream"
     schedule: Schedule | Priorities = {
         "scpl stream": stream, "1F1B": one_f_one_b,
-        "interleaved 1F1B": interleaved, "zero bubble": zero_bubble,
+        "interleaved 1F1B": interleaved, "ZB-H1": zero_bubble,
     }[name]  # fmt: skip
     slots = simulate(
         schedule,
@@ -293,9 +305,14 @@ def _data_parallel(inputs: Inputs, name: str, gpus: int) -> Iterator[Prediction]
     ring = functools.partial(_ring, inputs, devices=gpus)
     for micro, count in _micro_batches(inputs, samples, 1):
         forward, backward = layers * inputs.forward.of(micro), layers * inputs.backward.of(micro)
-        if name == "DDP":
-            late = ring(2, layers * inputs.parameter_bytes) - backward
-            period = count * (forward + backward) + max(0.0, late) + layers * inputs.step
+        if name != "FSDP":
+            # Averaged behind the last backward; or scattered there, and gathered after a step of
+            # one share each (ZeRO-1).
+            once = ring(1, layers * inputs.parameter_bytes)
+            step = layers * inputs.step
+            plain = max(0.0, 2 * once - backward) + step
+            sharded = max(0.0, once - backward) + step / gpus + once
+            period = count * (forward + backward) + min(plain, sharded)
         else:
             gather = layers * ring(1, inputs.parameter_bytes)
             ahead = max(forward, gather)

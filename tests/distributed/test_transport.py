@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from scpl_ds.batch import MicroBatch, Tag
+from scpl_ds.distributed import links
 from scpl_ds.distributed.coding import NAMES, encode, round_trip
 from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.distributed.p2p import BoundaryChannel, Expected
-from scpl_ds.errors import RecipeError
+from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
+from scpl_ds.errors import BoundaryError, RecipeError
 from tests.support import runs
-from tests.support.distributed import distributed
+from tests.support.distributed import distributed, fork_rank, wait_for
 
 CPU = torch.device("cpu")
 
@@ -108,6 +112,7 @@ def test_rounding_hides_no_broken_number_and_keeps_large_ones_finite(name: str) 
     found = round_trip(rows, name)
     assert found[1].isnan().any()
     assert found[[0, 2]].isfinite().all()
+    assert not round_trip(torch.tensor([[float("inf"), 1.0]]), name).isfinite().all()
     assert found[0].tolist() == [1.0, 2.0] or name == "int8"
     if name in ("fp8", "int8"):
         assert encode(rows, name).values.element_size() == 1
@@ -128,6 +133,70 @@ def test_rounded_boundaries_give_the_same_weights_on_any_number_of_ranks(
         loop.step(step, theirs)
     engine.drain()
     runs.assert_equal(runs.weights_of_engine(engine), runs.weights_of_loop(loop))
+
+
+@distributed(3)
+def test_what_goes_apart_arrives_through_a_rank_in_the_middle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing fits the first room: training, a larger evaluation, training again, the end."""
+    monkeypatch.setattr(links, "_FIRST_ROOM", links._HEAD_ROOM)
+    engine = runs.engine(3)
+    loop = runs.plain_loop(engine)
+    ours, theirs = runs.batches(), runs.batches()
+    for step in range(2):
+        engine.train_batch(ours)
+        loop.step(step, theirs)
+    first = engine.is_first_stage()
+    engine.eval_batch(runs.batches(rows=40) if first else None, num_micro_batches=3)
+    engine.train_batch(iter([next(ours)]))
+    loop.step(2, theirs)
+    with pytest.raises(StopIteration):
+        engine.train_batch(iter([]))
+    runs.assert_equal(runs.weights_of_engine(engine), runs.weights_of_loop(loop))
+
+
+def is_running(pid: int) -> bool:
+    """A process that nobody has waited for yet is a zombie, and has left."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("last", ["data", "the end", "an error"])
+def test_what_a_rank_that_has_left_sent_last_still_counts(tmp_path: Path, last: str) -> None:
+    """Rank 1 asks for it when rank 0's process is gone."""
+
+    def body() -> None:
+        channel = BoundaryChannel(Mesh(2, 1, "cpu", timeout_s=20), CPU, max_in_flight=2)
+        if dist.get_rank() == 0:
+            (tmp_path / "pid").write_text(str(os.getpid()))
+            channel.send(sent(0, 2), "train")
+            if last == "data":
+                channel.send(sent(1, 2), "train")
+            elif last == "the end":
+                channel.send_end()
+            else:
+                channel.send_error("it broke")
+            channel.drain()
+            os._exit(0)
+        channel.receive(Expected("train", 0, 0))
+        pid = int((tmp_path / "pid").read_text())
+        while is_running(pid):
+            os.sched_yield()
+        if last == "data":
+            found = channel.receive(Expected("train", 0, 1)).hidden_states
+            assert found is not None and torch.equal(found, sent(1, 2).hidden_states)
+        else:
+            wanted = EndOfData if last == "the end" else BoundaryError
+            with pytest.raises(wanted, match="" if last == "the end" else "it broke"):
+                channel.receive(Expected("train", 0, 1))
+        os._exit(0)
+
+    pids = {fork_rank(rank, 2, tmp_path, body): rank for rank in range(2)}
+    assert wait_for(pids, limit_s=60) == []
 
 
 @distributed(2)

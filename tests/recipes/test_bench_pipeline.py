@@ -92,6 +92,26 @@ def test_a_system_that_fails_is_a_row_with_its_reason_and_the_others_are_measure
     assert [row["best_pipeline"] for row in figures["summary"]] == [None, "torch-1f1b"]
 
 
+ALL = {
+    "scpl-stream", "scpl-step", "authors", "stage-alone", "single", "naive", "ddp", "zero",
+    "deepspeed-1f1b", "deepspeed-1f1b-zero1", "torch-gpipe", "torch-1f1b",
+    "torch-interleaved-1f1b", "torch-looped-bfs", "torch-interleaved-zero-bubble", "torch-zbv",
+    "torch-dualpipev",
+}  # fmt: skip
+
+
+def test_every_system_runs_beside_the_others(model: Path) -> None:
+    """Four micro-batches over four virtual stages: what every schedule can do."""
+    options = Options(model=str(model), seq=16, micro_batches=(4,), repeats=1, steps=1)
+    figures = pipeline.run(options)
+    rows = {row["system"]: row for row in figures["rows"]}
+    assert set(rows) == ALL == set(systems.entries())
+    assert [row.get("error") for row in rows.values()] == [None] * len(ALL)
+    backprop = [name for name, row in rows.items() if row["kind"] == "pipeline"]
+    assert all(rows[name]["bytes_sent"] > rows["scpl-stream"]["bytes_sent"] for name in backprop)
+    assert figures["summary"][0]["best_whole"] in ("single", "ddp", "zero")
+
+
 def test_the_file_is_written_anew_after_every_number_of_micro_batches(model: Path) -> None:
     seen: list[list[int]] = []
     options = Options(
@@ -173,6 +193,7 @@ def test_a_run_is_as_long_as_its_system_needs() -> None:
     emulated = Options(emulate=(1.0, 2.0))
     assert emulated.steps_of(known["scpl-stream"], 8) == 100
     assert emulated.steps_of(known["torch-1f1b"], 8) == 5
+    assert Options().steps_of(known["ddp"], 8) == 4
 
 
 # -- processes -------------------------------------------------------------------------------
@@ -314,6 +335,8 @@ def test_the_summary_compares_with_the_better_setting_and_the_best_pipeline() ->
         "deepspeed_1f1b": "deepspeed-1f1b-zero1",
         "to_best_pipeline": 1.25,
         "best_pipeline": "torch-zbv",
+        "to_best_whole": 40 / 99,
+        "best_whole": "ddp",
         "to_authors": None,
     }
     add_ratios(rows)

@@ -163,3 +163,30 @@ def test_plan_reads_no_weights(recipe: dict, tmp_path: Path, capsys: pytest.Capt
 def test_plan_of_a_recipe_that_needs_no_hub(name: str, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", str(ROOT / "recipes" / f"{name}.yaml")]) == 0
     assert "bert: 6 layers in 2 stages" in capsys.readouterr().out
+
+
+def test_bench_predict_reads_the_times_that_it_printed(tmp_path, capsys):
+    inputs = {
+        "layers": 4, "forward": [0.001, 0.002], "backward": [0.001, 0.004], "head": [0.001, 0.0],
+        "step": 0.001, "parameter_bytes": 1e6, "boundary_bytes": 1e4, "bandwidth": 1e9,
+        "latency": 1e-5, "global_batch": 16, "micro_batch": 4,
+    }  # fmt: skip
+    given, out = tmp_path / "inputs.json", tmp_path / "rows.json"
+    given.write_text(json.dumps(inputs))
+    assert main(["bench", "predict", f"--inputs={given}", f"--json={out}"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text.partition("\n")[0]) == inputs
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["gpus"] for row in rows] == [2**n for n in range(1, 11)]
+    assert rows[0]["methods"]["scpl stream"]["measured"] is False
+    given.write_text("{}")
+    assert main(["bench", "predict", f"--inputs={given}"]) == 2
+    assert "layers" in capsys.readouterr().err
+
+
+def test_bench_head_prints_a_line_for_each_micro_batch_size(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    words = ["--micro-batches=2,3", "--hidden-size=64", "--layers=2", "--seq=8", f"--json={out}"]
+    assert main(["bench", "head", *words]) == 0
+    assert "| 64 | 1 | 3 x 8 |" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["rows"]) == 2

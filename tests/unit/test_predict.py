@@ -32,13 +32,13 @@ def speed(inputs: Inputs, gpus: int, name: str) -> float:
     return found.samples_per_s
 
 
-@pytest.mark.parametrize("name", ["scpl stream", "DDP", "FSDP"])
+@pytest.mark.parametrize("name", ["scpl stream", "DDP or ZeRO-1", "FSDP"])
 @pytest.mark.parametrize("gpus", [2, 8, 32])
 def test_with_nothing_to_pay_for_streams_and_data_parallelism_scale_perfectly(gpus, name):
     assert speed(FREE, gpus, name) == pytest.approx(gpus / 24)
 
 
-@pytest.mark.parametrize(("name", "virtual"), [("1F1B", 1), ("interleaved 1F1B", 2)])
+@pytest.mark.parametrize(("name", "virtual"), [("1F1B", 1), ("interleaved 1F1B", 4)])
 def test_a_backprop_pipeline_loses_its_bubble_every_step(name, virtual):
     """Two GPUs, two ranks, 16 micro-batches of four samples: 8 a rank, the most that is tried."""
     wide = dataclasses.replace(FREE, micro_batch=4)
@@ -59,6 +59,15 @@ def test_a_slow_network_is_paid_by_fsdp_and_not_by_a_stream():
     assert not row.fsdp_is_better and row.verdict().startswith("scpl (")
 
 
+@pytest.mark.parametrize(("name", "ways"), [("scpl stream", 1), ("1F1B", 2)])
+def test_no_pipeline_is_faster_than_its_links(name, ways):
+    """A sample takes 100 s on the way, and with backprop its gradient as long; two GPUs."""
+    slow = dataclasses.replace(FREE, boundary_bytes=1000, bandwidth=10)
+    assert speed(slow, 2, name) <= 1 / (100 * ways)
+    if name == "scpl stream":
+        assert speed(slow, 2, name) == pytest.approx(1 / 100, rel=0.01)
+
+
 def test_where_a_head_costs_more_than_the_network_data_parallelism_is_the_better_choice():
     (row,) = predict(dataclasses.replace(FREE, head=Cost(0, 12)), [8])
     assert row.fsdp_is_better and "x scpl" in row.verdict()
@@ -66,7 +75,7 @@ def test_where_a_head_costs_more_than_the_network_data_parallelism_is_the_better
 
 def test_more_gpus_than_samples_leave_no_data_parallelism():
     (row,) = predict(FREE, [128])
-    assert row.methods["DDP"] is None and row.methods["FSDP"] is None
+    assert row.methods["DDP or ZeRO-1"] is None and row.methods["FSDP"] is None
     assert row.verdict() == "scpl; no data parallelism"
     found = row.methods["scpl stream"]
     assert found is not None and found.stages * found.copies == 128 and found.stages <= 8
