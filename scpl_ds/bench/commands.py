@@ -35,6 +35,15 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _model_and_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="bert-8l",
+        help="a size with random weights (bert-8l, bert-11m, gpt2-124m ...), a folder or a hub "
+        "name; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--seq", type=_count, default=64, help="tokens; default: %(default)s")
+
+
 def _pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=_count, default=2, help="processes, a stage each; default: %(default)s"
@@ -43,12 +52,7 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
         "--micro-batches", type=_counts, default=(1, 2, 4, 8), metavar="M,...",
         help="micro-batches of one optimizer step; default: 1,2,4,8",
     )  # fmt: skip
-    parser.add_argument(
-        "--model", default="bert-8l",
-        help="a size with random weights (bert-8l, bert-11m, gpt2-124m ...), a folder or a hub "
-        "name; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument("--seq", type=_count, default=64, help="tokens; default: %(default)s")
+    _model_and_length(parser)
     parser.add_argument(
         "--micro-batch-size", type=_count, default=4, help="samples; default: %(default)s"
     )
@@ -84,12 +88,7 @@ def _predict(parser: argparse.ArgumentParser) -> None:
         "--inputs", type=Path, default=None, metavar="FILE",
         help="JSON with the times, as this command prints it; without it they are measured here",
     )  # fmt: skip
-    parser.add_argument(
-        "--model", default="bert-8l",
-        help="a size with random weights (bert-8l, bert-11m, gpt2-124m ...), a folder or a hub "
-        "name; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument("--seq", type=_count, default=64, help="tokens; default: %(default)s")
+    _model_and_length(parser)
     parser.add_argument(
         "--micro-batch-size", type=_count, default=16,
         help="the most samples a device computes at once; default: %(default)s",

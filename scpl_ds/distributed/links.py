@@ -27,7 +27,6 @@ from scpl_ds.distributed.messages import (
 from scpl_ds.errors import RecipeError
 
 Transport = Literal["auto", "nccl", "gloo"]
-TRANSPORTS: tuple[Transport, ...] = ("auto", "nccl", "gloo")
 
 _FIRST_ROOM = 64 * 1024
 """Bytes of a posted receive before anything larger has come."""
