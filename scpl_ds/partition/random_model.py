@@ -15,7 +15,7 @@ SIZES: dict[str, dict[str, Any]] = {
                  "intermediate_size": 1024, "num_attention_heads": 4},
     "bert-8l": {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 8,
                 "intermediate_size": 1024, "num_attention_heads": 4, "vocab_size": 4096},
-    "bert-16l": {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 16,
+    "bert-24l": {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 24,
                  "intermediate_size": 1024, "num_attention_heads": 4, "vocab_size": 4096},
     "gpt2-124m": {"model_type": "gpt2", "pad_token_id": 0},
     "llama-0.7b": {
