@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scpl_ds.build import PipelineModule, initialize
+    from scpl_ds.early_exit import EarlyExitModel
     from scpl_ds.engine import Engine
     from scpl_ds.partition.layer_list import LayerSpec, TiedLayerSpec
     from scpl_ds.recipe import Recipe, load_recipe
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "EarlyExitModel": "scpl_ds.early_exit",
     "Engine": "scpl_ds.engine",
     "LayerSpec": "scpl_ds.partition.layer_list",
     "PipelineModule": "scpl_ds.build",
@@ -26,6 +28,7 @@ _HOME = {
 }
 
 __all__ = [
+    "EarlyExitModel",
     "Engine",
     "LayerSpec",
     "PipelineModule",

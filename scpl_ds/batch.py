@@ -60,10 +60,13 @@ class MicroBatch:
             extras=move(self.extras),
         )
 
-    def with_hidden_states(self, hidden_states: Tensor) -> MicroBatch:
+    def with_hidden_states(
+        self, hidden_states: Tensor, extras: dict[str, Tensor] | None = None
+    ) -> MicroBatch:
         """What the next stage receives: the same inputs behind this stage's output, cut from
-        autograd."""
-        return dataclasses.replace(self, hidden_states=hidden_states.detach())
+        autograd. ``extras`` take the place of those that came; None: they stay."""
+        extras = self.extras if extras is None else extras
+        return dataclasses.replace(self, hidden_states=hidden_states.detach(), extras=extras)
 
 
 class Evaluated(NamedTuple):
@@ -73,6 +76,8 @@ class Evaluated(NamedTuple):
     """Task loss, mean over the micro-batch."""
     logits: Tensor | None
     labels: Tensor | None
+    exits: dict[int, Tensor] = {}  # noqa: RUF012 - a default that nobody writes to
+    """Layer -> scores [B, C] of the local head behind it, where heads can classify."""
 
 
 def as_inputs(item: Any) -> dict[str, Tensor]:

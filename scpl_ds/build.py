@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 from scpl_ds import registry
 from scpl_ds.batch import as_named_inputs
+from scpl_ds.build_checks import (
+    backprop_of,
+    constant_or_scheduled,
+    nothing_to_train,
+    refuse_half,
+)
 from scpl_ds.build_times import Stopwatch
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.mesh import Mesh
@@ -21,7 +27,7 @@ from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine import Engine
 from scpl_ds.errors import PartitionError, RecipeError
-from scpl_ds.optim import build_optimizer, lr_schedule, needs_total_steps
+from scpl_ds.optim import build_optimizer
 from scpl_ds.partition.anatomy import Anatomy, analyze
 from scpl_ds.partition.layer_list import (
     Layer,
@@ -33,7 +39,8 @@ from scpl_ds.partition.layer_list import (
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan, make_plan, stages_of_rank
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
-from scpl_ds.recipe import ScplSection, TrainSection, check_world, recipe_from_ds_config
+from scpl_ds.recipe import ScplSection, check_world, recipe_from_ds_config
+from scpl_ds.sharding._frozen import FrozenBackend
 from scpl_ds.stage import Stage, StageBody, as_body, build_stage
 
 log = logging.getLogger(__name__)
@@ -156,9 +163,9 @@ def plan_stages(
 
     ``method`` goes before ``scpl.partition``; ``times`` are what ``time`` cuts by.
     """
-    on_last = scpl.head.detach_features is not False
+    on_last = scpl.has_objective(scpl.stages - 1)
     head_flops = 0
-    if scpl.stages > 1 or on_last:
+    if scpl.has_objective(max(0, scpl.stages - 2)) or on_last:
         with torch.random.fork_rng(devices=[]):
             head = scpl.objective.create(hidden_size=anatomy.hidden_size, num_labels=num_labels)
         head_flops = head.flops(1, anatomy.sequence_length)
@@ -227,11 +234,11 @@ def initialize(
         raise RecipeError("initialize() needs config=: a ds_config.json or its contents.")
     pipeline = model if isinstance(model, PipelineModule) else PipelineModule(model)
     scpl, section = recipe_from_ds_config(config, stages=pipeline.num_stages)
-    lr_at = lr_scheduler or _constant_or_scheduled(section)
+    lr_at = lr_scheduler or constant_or_scheduled(section)
     if isinstance(pipeline.layers, PreTrainedModel):
         backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
         for k in range(scpl.stages):
-            _refuse_half(pipeline.layers, backend.weights_dtype(stage_section(section, scpl, k)))
+            refuse_half(pipeline.layers, backend.weights_dtype(stage_section(section, scpl, k)))
     env = RankEnv.current()
     set_cpu_threads(env)
     device = pick_device(env)
@@ -278,19 +285,24 @@ def build_engine(
     lr_at: Callable[[int], float],
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     make_channel: Callable[..., BoundaryChannel] = BoundaryChannel,
+    total_steps: int | None = None,
+    make_span: Callable[[int, int], StageBody] | None = None,
 ) -> Engine:
     """An engine over this rank's stages of ``plan``; ``make_body`` is called for those only.
 
-    ``make_channel`` takes what ``BoundaryChannel`` takes.
+    ``make_channel`` takes what ``BoundaryChannel`` takes; ``total_steps`` says where
+    ``scpl.polish`` begins; ``make_span`` makes layers ``[start, end)`` as they were before
+    training, for ``scpl.lookahead``.
     """
     section = section.at(mesh.dp_size)
     backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
     objective = registry.resolve("objective", scpl.objective.name, where="scpl.objective.name")
-    schedule = registry.resolve("schedule", scpl.schedule, where="scpl.schedule")
+    order = scpl.schedule if scpl.method == "scpl" else "stream"  # of what no gradient crosses
+    schedule = registry.resolve("schedule", order, where="scpl.schedule")
 
     def optimizer(k: int, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         if not (trainable := list(named)):
-            raise PartitionError(_nothing_to_train(plan, k))
+            raise PartitionError(nothing_to_train(plan, k))
         if make_optimizer is not None:
             return make_optimizer([parameter for _, parameter in trainable])
         return build_optimizer(trainable, section)
@@ -300,16 +312,23 @@ def build_engine(
     def stage(k: int) -> Stage:
         own = stage_section(section, scpl, k)
         body = make_body(k)
-        _refuse_half(body, backend.weights_dtype(own))
+        refuse_half(body, backend.weights_dtype(own))
+        make = functools.partial(_make_objective, objective, scpl.objective.options, num_labels)
+        frozen = k < scpl.freeze_stages
+        ahead = None
+        if scpl.lookahead and scpl.has_objective(k) and not body.is_last:
+            if make_span is None:
+                raise RecipeError("scpl.lookahead: needs a recipe, which knows where layers lie.")
+            ahead = make_span(body.end, min(body.end + scpl.lookahead, plan.bounds[-1]))
         return build_stage(
             k,
             body,
-            make_objective=functools.partial(
-                _make_objective, objective, scpl.objective.options, num_labels
-            ),
-            detach_features=scpl.head.detach_features,
+            make_objective=make if scpl.has_objective(k) else None,
+            detach_features=scpl.detach_features,
             make_optimizer=functools.partial(optimizer, k),
-            backend=backend,
+            backend=FrozenBackend if frozen else backend,
+            frozen=frozen,
+            ahead=ahead,
             section=own,
             mesh=mesh,
             device=device,
@@ -333,6 +352,7 @@ def build_engine(
         device=device,
         sync=scpl.sync,
         clip_scope=scpl.clip_scope,
+        backprop=backprop_of(scpl, section, total_steps),
     )
 
 
@@ -351,44 +371,3 @@ def _make_objective(kind: Any, options: Any, num_labels: int | None, hidden: int
             f"{error} With a list of layers the width of a boundary is known from "
             "PipelineModule(..., input_example=<one batch of inputs>)."
         ) from error
-
-
-def _constant_or_scheduled(section: DeepSpeedSection) -> Callable[[int], float]:
-    """The config's scheduler, or a constant learning rate, as ``deepspeed.initialize`` has it.
-
-    Raises:
-        RecipeError: The scheduler ends with the run, whose length is not written: nobody says here
-            how many steps will be asked for.
-    """
-    spec = section.scheduler
-    if spec is not None and needs_total_steps(spec):
-        raise RecipeError(
-            f"deepspeed.scheduler.params.total_num_steps: {spec.type} ends with the "
-            "run, and 'auto' or nothing does not say when that is (a recipe knows). Write the "
-            "number of optimizer steps, or pass lr_scheduler= to initialize()."
-        )
-    factor = lr_schedule(section, TrainSection(lr_scheduler_type="constant"), total_steps=1)
-    return lambda step: section.lr * factor(step)
-
-
-def _refuse_half(module: Any, weights: torch.dtype | None) -> None:
-    """Refuse weights in half precision where the run keeps them in fp32."""
-    if weights is None:
-        return
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.element_size() < weights.itemsize:
-            raise RecipeError(
-                f"the model is in {parameter.dtype} ('{name}'), but this run keeps its weights in "
-                f"{weights}: training would lose what it no longer has room for. Load it with "
-                f"from_pretrained(..., dtype={weights}), or call model.float()."
-            )
-
-
-def _nothing_to_train(plan: PartitionPlan, k: int) -> str:
-    start, end = plan.span(k)
-    layers = f"layer {start}" if end - start == 1 else f"layers {start} to {end - 1}"
-    return (
-        f"stage {k} ({layers}) has nothing to train: its layers are frozen or have no parameters, "
-        "and it has no local head with weights. Unfreeze some of them, move the cut "
-        "(scpl.partition), or use fewer stages (scpl.stages)."
-    )

@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scpl_ds.distributed.collectives import broadcast_object
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import OtherRankFailed, PartitionError, ScplError
+from scpl_ds.objectives._base import StageView
 from scpl_ds.partition.anatomy import Anatomy
 from scpl_ds.partition.footprint import example_inputs
 from scpl_ds.partition.layer_list import Layer, count_parameters
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan, time_cut
-from scpl_ds.partition.stage_module import PreTrainedModel, StageModule
+from scpl_ds.partition.stage_module import PreTrainedModel, StageModule, StageOutput
 from scpl_ds.partition.timing import (
     LocalHead,
     Setting,
@@ -143,7 +144,7 @@ class Stopwatch:
                 micro_batch=self.micro_batch, seed=self.seed,
             )
         )  # fmt: skip
-        on_last = self.scpl.head.detach_features is not False
+        on_last = self.scpl.detach_features is not False
         bounds = time_cut(times, self.scpl.stages, head_on_last=on_last, learns=learns)
         return PartitionPlan(bounds, "time", head_on_last=on_last, times=times)
 
@@ -170,12 +171,24 @@ class Stopwatch:
         """The run's local objective on ``width`` features, its rows of this rank only."""
         with torch.random.fork_rng(devices=[]):
             objective = self.scpl.objective.create(hidden_size=width, num_labels=num_labels)
+            objective.attach(_NoLayers())
         self.setting.place(objective)
         mask = None if mask is None else mask.to(self.device)
         classes = max(2, num_labels or 2)
 
         def loss(features: Tensor) -> Tensor:
             labels = torch.arange(len(features), device=features.device) % classes
-            return objective(features, attention_mask=mask, labels=labels).loss
+            inputs = {"labels": labels} | ({} if mask is None else {"attention_mask": mask})
+            return objective.learn(StageView(features, features.detach(), inputs, {})).loss
 
         return loss
+
+
+class _NoLayers(nn.Module):
+    """Stands for the layers of an objective that wants to know them, and costs nothing."""
+
+    start, end, is_first, is_last = 0, 1, True, False
+
+    def forward(self, inputs: dict[str, Tensor], hidden_states: Tensor | None) -> StageOutput:
+        assert hidden_states is not None
+        return StageOutput(hidden_states, None, None)

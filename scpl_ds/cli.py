@@ -100,6 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     score.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     score.add_argument("--logits", type=Path, default=None, help="write logits as safetensors")
+    score.add_argument(
+        "--exit-threshold", type=_thresholds, default=(), metavar="P,...",
+        help="also let samples leave at the first local head that is so sure; says what it costs",
+    )  # fmt: skip
+    score.add_argument(
+        "--exit-patience", type=_patiences, default=(), metavar="N,...",
+        help="also let samples leave where so many further heads in a row agree",
+    )  # fmt: skip
     export = add("export", _export, "Write a run's latest checkpoint as a Hugging Face folder.")
     export.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -122,6 +130,20 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _thresholds(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"must be numbers in (0, 1], as in 0.8,0.9; got {text!r}")
+    return values
+
+
+def _patiences(text: str) -> tuple[int, ...]:
+    return tuple(_ranks(part) for part in text.split(","))
 
 
 def _ranks(text: str) -> int:
@@ -180,7 +202,13 @@ def _eval(args: argparse.Namespace) -> int:
     _choose_accelerator()
     from scpl_ds.evaluation import evaluate_run
 
-    scores = evaluate_run(recipe, folder, logits_file=args.logits)
+    scores = evaluate_run(
+        recipe,
+        folder,
+        logits_file=args.logits,
+        exit_thresholds=args.exit_threshold,
+        exit_patiences=args.exit_patience,
+    )
     if _rank() == 0:
         sys.stdout.write(json.dumps({"checkpoint": str(folder), **scores}, indent=2) + "\n")
     _leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,12 @@ from scpl_ds.distributed.collectives import barrier, gather_objects
 from scpl_ds.distributed.mesh import Grid, Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
 from scpl_ds.ds_config import DeepSpeedSection
+from scpl_ds.engine_backprop import Backprop, BackpropWalk
 from scpl_ds.engine_step import StepWalk
 from scpl_ds.errors import DataError
 from scpl_ds.partition.plan import PartitionPlan
 from scpl_ds.schedules import Schedule
-from scpl_ds.stage import Stage
+from scpl_ds.stage import Stage, exits_of
 from scpl_ds.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Engine:
         device: torch.device,
         sync: Literal["none", "step"] = "none",
         clip_scope: Literal["stage", "global"] = "stage",
+        backprop: Backprop | None = None,
     ) -> None:
         self.stages, self.plan, self.mesh = list(stages), plan, mesh
         self.section, self.device = section, device
@@ -58,15 +61,16 @@ class Engine:
         self.samples_seen = 0
         """Samples that this first-stage rank has trained on; 0 on other ranks."""
         self.tokens_seen = 0
-        """Real tokens (padding not counted) that this first-stage rank has trained on."""
+        """Likewise real tokens, without padding."""
         self.channel, self.lr_at = channel, lr_at
         self._walk = StepWalk(
             self.stages, plan.num_stages, mesh, channel, section,
             schedule=schedule, sync=sync, clip_scope=clip_scope,
         )  # fmt: skip
+        how = (self.stages, mesh, channel, section, device)
+        self._backprop = None if backprop is None else BackpropWalk(*how, backprop)
         self.start_timeline(keep=False)
-        self._batch_id = 0
-        self._eval_calls = 0
+        self._batch_id = self._eval_calls = 0
         self._data_iterator: Iterator[Batch] | None = None
         self._collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
         self._last_loss: Tensor | None = None
@@ -79,6 +83,8 @@ class Engine:
     def start_timeline(self, *, keep: bool) -> None:
         """Begin a new timeline; ``keep``: every action of it, for a trace."""
         self._walk.timeline = Timeline(keep=keep, device=self.device)
+        if self._backprop is not None:
+            self._backprop.timeline = self._walk.timeline
 
     # -- what DeepSpeed users ask an engine ------------------------------------------------
 
@@ -149,7 +155,8 @@ class Engine:
 
         Returns:
             The loss of this rank's last stage, scalar, mean over the micro-batches of this
-            data-parallel rank: the task loss on the last stage, the local loss elsewhere. It is
+            data-parallel rank: the task loss on the last stage, the local loss elsewhere (NaN where
+            there is none: frozen stages, backpropagation). It is
             *this* rank's: DeepSpeed's broadcast of the last stage's loss would flush the pipeline
             every step. ``reduce_loss()`` asks for the run's.
 
@@ -161,20 +168,23 @@ class Engine:
         """
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        later, walk = self._backprop, self._walk
+        if later is not None and self.global_steps >= later.first_step:
+            walk = later
         try:
-            self._walk.run(self.global_steps, self.lr_at(self.global_steps), self._load)
+            walk.run(self.global_steps, self.lr_at(self.global_steps), self._load)
         except EndOfData:
-            self._walk.discard()
+            walk.discard()
             self.channel.send_end()
             self.channel.drain()
             raise StopIteration(f"the data ended in step {self.global_steps}") from None
         except Exception as error:
-            self._walk.discard()
+            walk.discard()
             self.channel.send_error(f"{type(error).__name__}: {error}")
             raise
         self.global_steps += 1
         last = self.stages[-1].metrics
-        self._last_loss = last.get("head_loss", last["loss"])
+        self._last_loss = last.get("head_loss", last.get("loss", torch.tensor(math.nan)))
         return self._last_loss
 
     def _load(self, number: int) -> MicroBatch:
@@ -202,8 +212,7 @@ class Engine:
         Waits for all ranks, so it flushes the pipeline: call it now and then.
         """
         own = self._last_loss if self.is_last_stage() else None
-        loss = self._mean([] if own is None else [float(own)])
-        if loss is None:
+        if (loss := self._mean([] if own is None else [float(own)])) is None:
             raise RuntimeError("reduce_loss() before the first train_batch().")
         return loss
 
@@ -312,11 +321,11 @@ class Engine:
         loss = None
         for stage in self.stages:
             batch, loss = stage.evaluate(batch)
-        last = self.is_last_stage()
-        if not last:
+        if not self.is_last_stage():
             self.channel.flush()  # the micro-batch before, now that this one has been queued
             self.channel.send(batch, "eval")
-        return Evaluated(loss, self.stages[-1].logits, batch.labels if last else None)
+            return Evaluated(None, None, None)
+        return Evaluated(loss, self.stages[-1].logits, batch.labels, exits_of(batch))
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -382,10 +391,9 @@ class Engine:
         with_optimizer = load_optimizer_states and not load_module_only
         for stage in self.stages:
             stage.read(reader, with_optimizer=with_optimizer)
-        manifest = reader.manifest
-        client_state = dict(manifest["client_state"])
+        client_state = dict(reader.manifest["client_state"])
         batch_id = int(client_state.pop("batch_id", 0))
         if not load_module_only:
-            self._batch_id, self.global_steps = batch_id, int(manifest["step"])
+            self._batch_id, self.global_steps = batch_id, int(reader.manifest["step"])
             self.channel.reset("train")
         return reader.folder, client_state

@@ -97,9 +97,10 @@ class StepWalk:
                 "Backward(k, n)."
             )
         if self._clip_scope == "global":
-            self._step_together(step, lr)
+            stages, limit = list(self._stages.values()), self._section.gradient_clipping
+            step_together(stages, self._mesh, limit, lr, self.timeline, step)
         if self._sync == "step":
-            self._timed("sync", step, self._meet)
+            timed(self.timeline, "sync", step, self._meet)
 
     def _carry_out(
         self,
@@ -133,27 +134,34 @@ class StepWalk:
         for stage in self._stages.values():
             stage.discard_step()
 
-    def _step_together(self, step: int, lr: float) -> None:
-        """Clip the gradients of all stages by their common norm, as backprop would."""
-        stages = list(self._stages.values())
-        norms = [float(stage.backend.norm()) for stage in stages]
-        # A stage whose gradients are not finite is left out: in fp16 it skips its step.
-        squares = sum(norm**2 for norm in norms if math.isfinite(norm))
-        total = math.sqrt(self._timed("sync", step, lambda: sum_over_stages(self._mesh, squares)))
-        factor = self._section.gradient_clipping / (total + 1e-6)  # as torch's clip_grad_norm_
-        for stage, norm in zip(stages, norms, strict=True):
-            clips = factor < 1 and math.isfinite(norm)
-            limit = (norm + 1e-6) * factor if clips else 0.0
-            update = functools.partial(stage.step, lr, clip_to=limit)
-            self._timed("step", step, update, stage=stage.index)
-            stage.metrics["global_grad_norm"] = torch.tensor(total)
-
     def _meet(self) -> None:
         self._channel.drain()
         barrier(self._mesh)
 
-    def _timed(self, kind: Kind, step: int, work: Callable[[], T], *, stage: int = -1) -> T:
-        start = self.timeline.begin(kind)
-        result = work()
-        self.timeline.end(kind, start, stage=stage, step=step, micro_batch=-1)
-        return result
+
+def timed(
+    timeline: Timeline, kind: Kind, step: int, work: Callable[[], T], *, stage: int = -1
+) -> T:
+    """Do ``work``, and write down how long it took."""
+    start = timeline.begin(kind)
+    result = work()
+    timeline.end(kind, start, stage=stage, step=step, micro_batch=-1)
+    return result
+
+
+def step_together(
+    stages: Sequence[Stage], mesh: Mesh, limit: float, lr: float, timeline: Timeline, step: int
+) -> None:
+    """Step this rank's stages, the gradients of all stages clipped to ``limit`` by their common
+    norm, as backpropagation would; every rank waits for the others."""
+    norms = [float(stage.backend.norm()) for stage in stages]
+    # A stage whose gradients are not finite is left out: in fp16 it skips its step.
+    squares = sum(norm**2 for norm in norms if math.isfinite(norm))
+    total = math.sqrt(timed(timeline, "sync", step, lambda: sum_over_stages(mesh, squares)))
+    factor = limit / (total + 1e-6)  # as torch's clip_grad_norm_
+    for stage, norm in zip(stages, norms, strict=True):
+        clips = factor < 1 and math.isfinite(norm)
+        clip_to = (norm + 1e-6) * factor if clips else 0.0
+        update = functools.partial(stage.step, lr, clip_to=clip_to)
+        timed(timeline, "step", step, update, stage=stage.index)
+        stage.metrics["global_grad_norm"] = torch.tensor(total)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,10 @@ from scpl_ds.batch import Evaluated
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.early_exit import EarlyExitModel, Point, curve
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, RecipeError
-from scpl_ds.export import MODEL_FILES
+from scpl_ds.export import MODEL_FILES, export_checkpoint
 from scpl_ds.recipe import Recipe
 from scpl_ds.setup import (
     Data,
@@ -28,6 +31,7 @@ from scpl_ds.setup import (
     make_eval_loader,
     start_world,
     together,
+    whole_eval_loader,
 )
 
 log = logging.getLogger(__name__)
@@ -40,19 +44,40 @@ class Score:
     correct: int = 0
     total: int = 0
     loss_sum: float = 0.0
+    exits: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Layer -> how many the local head behind it got right."""
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one micro-batch: logits [B, C], labels int64 [B]."""
+    def add(
+        self, logits: Tensor, labels: Tensor, exits: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Count one micro-batch: logits [B, C], labels int64 [B], and the exits' logits."""
         scores = logits.float()
         self.correct += int((scores.argmax(-1) == labels).sum())
         self.total += len(labels)
         self.loss_sum += float(F.cross_entropy(scores, labels, reduction="sum"))
+        for layer, answer in (exits or {}).items():
+            right = int((answer.argmax(-1) == labels).sum())
+            self.exits[layer] = self.exits.get(layer, 0) + right
+
+    def join(self, other: Score) -> None:
+        """Count what another rank has counted."""
+        self.correct += other.correct
+        self.total += other.total
+        self.loss_sum += other.loss_sum
+        for layer, right in other.exits.items():
+            self.exits[layer] = self.exits.get(layer, 0) + right
 
     def metrics(self) -> dict[str, float]:
-        """``val/accuracy`` in [0, 1] and ``val/loss`` (cross-entropy, nats)."""
+        """``val/accuracy`` in [0, 1] and ``val/loss`` (cross-entropy, nats); with local heads that
+        classify, ``val/accuracy_after_layer_<number>`` of each."""
         if self.total == 0:
             return {}
-        return {"val/accuracy": self.correct / self.total, "val/loss": self.loss_sum / self.total}
+        exits = {
+            f"val/accuracy_after_layer_{layer}": right / self.total
+            for layer, right in sorted(self.exits.items())
+        }
+        whole = {"val/accuracy": self.correct / self.total, "val/loss": self.loss_sum / self.total}
+        return whole | exits
 
 
 def evaluate(engine: Engine, loader: BatchLoader, *, logits: list[Tensor] | None = None) -> Score:
@@ -70,23 +95,26 @@ def evaluate(engine: Engine, loader: BatchLoader, *, logits: list[Tensor] | None
             _count(own, output, logits)
     whole = Score()
     for part in gather_objects(engine.mesh, own):
-        whole.correct += part.correct
-        whole.total += part.total
-        whole.loss_sum += part.loss_sum
+        whole.join(part)
     return whole
 
 
 def _count(score: Score, output: Evaluated, logits: list[Tensor] | None) -> None:
     if output.logits is None or output.labels is None:
         return
-    score.add(output.logits, output.labels)
+    score.add(output.logits, output.labels, output.exits)
     if logits is not None:
         logits.append(output.logits.cpu())
 
 
 def evaluate_run(
-    recipe: Recipe, folder: Path, *, logits_file: Path | None = None
-) -> dict[str, float]:
+    recipe: Recipe,
+    folder: Path,
+    *,
+    logits_file: Path | None = None,
+    exit_thresholds: Sequence[float] = (),
+    exit_patiences: Sequence[int] = (),
+) -> dict[str, Any]:
     """Score a checkpoint of a run over its stages, on the launcher's ranks or in this process.
 
     Args:
@@ -94,9 +122,13 @@ def evaluate_run(
         folder: The checkpoint.
         logits_file: Where to write ``logits`` [N, C] and ``labels`` [N] as safetensors, in the
             order of the evaluation data.
+        exit_thresholds: Also score, on rank 0 alone, with samples that leave at the first local
+            head that is so sure.
+        exit_patiences: Likewise where so many further heads in a row agree.
 
     Returns:
-        ``val/accuracy``, ``val/loss``, ``samples``.
+        ``val/accuracy``, ``val/loss``, ``samples``; on rank 0 ``early_exit``, the points of
+        ``early_exit.curve``, where any were asked for.
 
     Raises:
         DataError: The recipe's data has no evaluation split, or labels the run does not know.
@@ -122,7 +154,35 @@ def evaluate_run(
             logits = torch.cat([tensor for part in parts for tensor in part])
             labels = torch.from_numpy(data.eval.labels)
             save_file({"logits": logits, "labels": labels}, logits_file)
-    return {**score.metrics(), "samples": float(score.total)}
+    found: dict[str, Any] = {**score.metrics(), "samples": float(score.total)}
+    if exit_thresholds or exit_patiences:
+        points = together(
+            mesh,
+            lambda: (
+                _curve(recipe, data, folder, device, exit_thresholds, exit_patiences)
+                if mesh.rank == 0
+                else []
+            ),
+        )
+        found |= {"early_exit": [point._asdict() for point in points]} if points else {}
+    return found
+
+
+def _curve(
+    recipe: Recipe,
+    data: Data,
+    folder: Path,
+    device: torch.device,
+    thresholds: Sequence[float],
+    patiences: Sequence[int],
+) -> list[Point]:
+    with tempfile.TemporaryDirectory(prefix="scpl-eval-") as room:
+        task = recipe.model.task
+        exported = export_checkpoint(folder, Path(room) / "export", task=task)
+        model = EarlyExitModel.from_pretrained(exported, task=task).to(device)
+    loader = whole_eval_loader(recipe, data)
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in loader]
+    return curve(model, batches, thresholds=thresholds, patiences=patiences)
 
 
 def _load(engine: Engine, folder: Path) -> None:

@@ -21,6 +21,9 @@ from scpl_ds.partition.loading import export_state_dict, tied_weights
 MODEL_FILES = "model"
 """Folder inside a run and inside a checkpoint: config.json and the tokenizer's files."""
 INDEX = "model.safetensors.index.json"
+HEADS_FILE = "scpl_heads.safetensors"
+HEADS_CONFIG = "scpl_heads.json"
+"""Local heads beside an export, for ``EarlyExitModel``: transformers does not read them."""
 _WRITER = "scpl-ds"
 
 
@@ -66,8 +69,9 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
     """Write ``out`` so that plain ``AutoModel...from_pretrained(out)`` gives the trained model.
 
     One safetensors file per stage and an index, read and written a stage at a time, under the names
-    the architecture's checkpoints have. Local heads are training-only and stay behind. Needs no
-    process group and no ``scpl_ds`` on the reading side. ``out`` appears whole or not at all.
+    the architecture's checkpoints have. Local heads lie beside in files of their own, which
+    transformers does not read. Needs no process group and no ``scpl_ds`` on the reading side.
+    ``out`` appears whole or not at all.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or holds no config.
@@ -86,6 +90,7 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
     try:
         shutil.copytree(source, partial)
         _write_model(reader, partial, task)
+        _write_heads(reader, partial)
         replace_folder(out, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,6 +123,21 @@ def _write_model(reader: Reader, out: Path, task: str) -> None:
     config.architectures = [model_class(config, task).__name__]
     config.dtype = dtypes.pop() if len(dtypes) == 1 else None
     config.save_pretrained(out)
+
+
+def _write_heads(reader: Reader, out: Path) -> None:
+    """The local heads, and what ``EarlyExitModel`` must know of them, if a recipe says it."""
+    recipe = reader.manifest["client_state"].get("recipe") or {}
+    names = [name for name in reader.manifest["tensors"] if name.startswith(HEAD_PREFIX)]
+    objective = recipe.get("scpl", {}).get("objective")
+    if not names or objective is None or recipe["scpl"].get("lookahead"):
+        return
+    tensors = reader.tensors(names)
+    heads = {name.removeprefix(HEAD_PREFIX): tensor for name, tensor in tensors.items()}
+    save_file(heads, out / HEADS_FILE)
+    (out / HEADS_FILE).chmod(0o644)
+    facts = {"bounds": reader.manifest["bounds"], "objective": objective}
+    write_text(out / HEADS_CONFIG, json.dumps(facts, indent=2))
 
 
 def _untie(config: PretrainedConfig, task: str, where: Mapping[str, str]) -> None:

@@ -196,10 +196,12 @@ class Prediction:
                 end == w.anatomy.num_layers,
                 w.anatomy.layer_parameters[layers],
                 w.anatomy.layer_flops[layers],
+                w.scpl.has_objective(k),
+                k < w.scpl.freeze_stages,
             )
             if kind not in seen:
                 try:
-                    stage = self._stage(make_stage(start, end), dtype)
+                    stage = self._stage(k, make_stage(start, end), dtype)
                     seen[kind] = _watch(stage, inputs, hidden, autocast, w.device_type)
                 except ScplError:
                     raise
@@ -213,16 +215,20 @@ class Prediction:
             sizes.append(size)
         return sizes, 0 if hidden is None else hidden.nbytes
 
-    def _stage(self, body: Any, dtype: torch.dtype) -> LocalStage:
+    def _stage(self, k: int, body: Any, dtype: torch.dtype) -> LocalStage:
         w, objective = self.workload, None
-        if not body.is_last or w.scpl.head.detach_features is not False:
+        frozen = k < w.scpl.freeze_stages
+        if w.scpl.has_objective(k):
             objective = w.scpl.objective.create(
                 hidden_size=body.hidden_size, num_labels=w.config.num_labels
             )
+        stage = LocalStage(as_body(body), objective, detach_features=w.scpl.detach_features)
+        if objective is not None:
             for parameter in objective.parameters():  # buffers keep their type: queues are fp32
                 parameter.data = parameter.data.to(dtype)
-        stage = LocalStage(as_body(body), objective, detach_features=w.scpl.head.detach_features)
-        return stage.train()
+        if frozen:
+            stage.requires_grad_(False)
+        return stage.train(not frozen)
 
     def _setting(self, section: DeepSpeedSection, dp_size: int) -> Setting:
         one = build_optimizer([("one", nn.Parameter(torch.zeros(1, 1)))], section)
@@ -326,7 +332,8 @@ def _watch(
     with tracker, fused:
         with half:
             output = stage(inputs, hidden)
-        output["loss"].backward()
+        if (loss := output["loss"]) is not None:
+            loss.backward()
         sent = output["hidden_states"]
         del output
     for hook in hooks:

@@ -25,13 +25,8 @@ from scpl_ds.problems import Problem, problems_of, recipe_error, show, unknown_k
 from scpl_ds.recipe_fields import Section
 from scpl_ds.recipe_files import apply_overrides, read_mapping
 from scpl_ds.recipe_fingerprint import fingerprint_of
-from scpl_ds.recipe_sections import (
-    DataChoice,
-    ModelSection,
-    ScplSection,
-    TrackerChoice,
-    TrainSection,
-)
+from scpl_ds.recipe_scpl import ScplSection
+from scpl_ds.recipe_sections import DataChoice, ModelSection, TrackerChoice, TrainSection
 
 __all__ = [
     "DataChoice",

@@ -5,6 +5,7 @@ Imports every registered objective, data source and tracker for their options.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from typing import Any
@@ -15,7 +16,8 @@ from scpl_ds import ds_keys, registry
 from scpl_ds.ds_keys import Keys
 from scpl_ds.recipe import Recipe
 from scpl_ds.recipe_fields import Named
-from scpl_ds.recipe_sections import DataChoice, ObjectiveChoice, TrackerChoice
+from scpl_ds.recipe_scpl import ObjectiveChoice, PartChoice
+from scpl_ds.recipe_sections import DataChoice, TrackerChoice
 
 _CHOICES: tuple[type[Named], ...] = (ObjectiveChoice, DataChoice, TrackerChoice)
 
@@ -78,6 +80,7 @@ def build_schema() -> dict[str, Any]:
     defs: dict[str, Any] = schema["$defs"]
     for choice in _CHOICES:
         defs[choice.__name__] = _choice_schema(choice, defs)
+    _add_sums(defs)
     deepspeed = schema["properties"]["deepspeed"]
     table = _ds_schema(ds_keys.TOP)
     schema["properties"]["deepspeed"] = {
@@ -141,6 +144,18 @@ def _choice_schema(choice: type[Named], defs: dict[str, Any]) -> dict[str, Any]:
         "description": inspect.getdoc(choice),
         "anyOf": [{"type": "string"}, *variants, own],
     }
+
+
+def _add_sums(defs: dict[str, Any]) -> None:
+    """An objective may be a list of objectives, each with a weight."""
+    objective = defs[ObjectiveChoice.__name__]
+    weight = PartChoice.model_json_schema()["properties"]["weight"]
+    part = copy.deepcopy(objective) | {"description": inspect.getdoc(PartChoice)}
+    for variant in part["anyOf"][1:]:
+        variant["properties"]["weight"] = weight
+    defs[PartChoice.__name__] = part
+    items = {"$ref": f"#/$defs/{PartChoice.__name__}"}
+    objective["anyOf"].insert(0, {"type": "array", "items": items})
 
 
 def _ds_schema(known: Keys) -> dict[str, Any]:

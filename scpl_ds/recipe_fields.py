@@ -97,6 +97,8 @@ class Named(pydantic.BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     kind: ClassVar[str]
     """Table of the registry."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Fields of this class itself, which are written among the options."""
 
     name: str
     options: SerializeAsAny[pydantic.BaseModel]
@@ -109,21 +111,26 @@ class Named(pydantic.BaseModel):
         """``Class(options, **kwargs)``."""
         return self.resolve()(self.options, **kwargs)
 
+    @classmethod
+    def in_full(cls, value: Any) -> Any:
+        """A mapping in the place of what may be written for short."""
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
+        value = cls.in_full(value)
         if not isinstance(value, Mapping):
             raise ValueError(f"must be a name or a mapping with a name, got {show(value)}")
         options = {str(k): v for k, v in value.items()}
         name = options.pop("name", None)
+        own = {key: options.pop(key) for key in cls.beside if key in options}
         if not isinstance(name, str):
             known = ", ".join(registry.names(cls.kind))
             message = f"is required, one of {known}" if name is None else "must be a text"
             raise nested([Problem("name", message)])
         if list(options) == ["options"] and isinstance(options["options"], pydantic.BaseModel):
-            return {"name": name, **options}
+            return {"name": name, **options, **own}
         try:
             target = registry.resolve(cls.kind, name, where="name")
         except RecipeError as error:
@@ -138,7 +145,7 @@ class Named(pydantic.BaseModel):
                 ]
             )
         try:
-            return {"name": name, "options": schema.model_validate(options)}
+            return {"name": name, "options": schema.model_validate(options), **own}
         except pydantic.ValidationError as error:
             raise nested(problems_of(error, schema)) from error
 
@@ -147,6 +154,9 @@ class Named(pydantic.BaseModel):
         fields = type(self.options).model_fields
         values = self.options.model_dump(mode="json")
         # A None that is not the default says something (`eval_split: null`) and stays.
-        return {"name": self.name} | {
-            k: v for k, v in values.items() if v is not None or fields[k].default is not None
-        }
+        own = {key: getattr(self, key) for key in self.beside}
+        return (
+            {"name": self.name}
+            | own
+            | {k: v for k, v in values.items() if v is not None or fields[k].default is not None}
+        )

@@ -57,6 +57,10 @@ _NOT_IN_FINGERPRINT = {
 }
 
 
+_ADDED = {"method": "scpl", "freeze_stages": 0, "polish": 0.0, "lookahead": 0}
+"""Keys that older recipes do not have, and what they mean then."""
+
+
 def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> str:
     """sha256 over a recipe as plain data.
 
@@ -68,12 +72,21 @@ def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> s
     parts["deepspeed"] = dict(deepspeed)
     for section, keys in _NOT_IN_FINGERPRINT.items():
         parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
-    # In how many pieces the same objective is computed.
-    objective = dict(parts["scpl"]["objective"])
-    objective.pop("chunk_size", None)
-    parts["scpl"]["objective"] = objective
+    parts["scpl"]["objective"] = _as_computed(parts["scpl"]["objective"])
+    parts["scpl"]["head"] = {"detach_features": False} | parts["scpl"].get("head", {})
+    for key, default in _ADDED.items():
+        if parts["scpl"].get(key) == default:
+            parts["scpl"].pop(key)
     for fill in FILLS.values():
         for key in fill.train_keys:  # already in parts["deepspeed"]
             parts["train"].pop(key, None)
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_computed(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Without how many pieces the same objective is computed in."""
+    kept = {key: value for key, value in objective.items() if key != "chunk_size"}
+    if "parts" in kept:
+        kept["parts"] = [_as_computed(part) for part in kept["parts"]]
+    return kept

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from scpl_ds import registry
 from scpl_ds.problems import Problem, nested, show
 from scpl_ds.recipe_fields import (
     Count,
@@ -27,12 +26,6 @@ from scpl_ds.recipe_fields import (
     compile_mode,
     not_bool,
 )
-
-
-class ObjectiveChoice(Named):
-    """Which loss the stages before the last one train on."""
-
-    kind = "objective"
 
 
 class DataChoice(Named):
@@ -86,164 +79,6 @@ class ModelSection(Section):
     def _no_lora_yet(cls, value: Any) -> None:
         if value is not None:
             raise ValueError("lora comes with a later release; remove the key to train all weights")
-
-
-class HeadSection(Section):
-    """How the last stage trains."""
-
-    detach_features: Literal[False, True, "both"] = False
-    """``false``: the task loss trains the last stage's layers and the head. ``true`` (the paper):
-    the local objective trains the layers, the task loss only the head. ``both``: the layers get
-    both losses."""
-
-
-def _ranks(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not _is_whole(value) or int(value) < 1):
-        raise ValueError(f"must be 'auto' or a whole number of at least 1, got {show(value)}")
-    return value
-
-
-def _is_whole(value: Any) -> bool:
-    try:
-        return int(value) == float(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-_METHODS = ("flops", "parameters", "uniform", "time")
-
-
-def _cuts(value: Any) -> Any:
-    if isinstance(value, str):
-        if value not in _METHODS:
-            near = registry.did_you_mean(value, _METHODS)
-            raise ValueError(
-                f"unknown method '{value}'{near} Known: {', '.join(_METHODS)}; or a list of "
-                "[start, end] layer ranges"
-            )
-        return value
-    example = "a list of [start, end] layer ranges such as [[0, 3], [3, 6]]"
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"must be {', '.join(_METHODS)}, or {example}, got {show(value)}")
-    position = 0
-    for span in value:
-        pair = isinstance(span, list | tuple) and len(span) == 2 and all(map(_is_whole, span))
-        if not pair or isinstance(span[0], bool) or isinstance(span[1], bool):
-            raise ValueError(f"must be {example}, got {show(span)} in it")
-        start, end = int(span[0]), int(span[1])
-        if start != position:
-            raise ValueError(f"{show(list(span))} must start at layer {position}, without a gap")
-        if end <= start:
-            raise ValueError(f"{show(list(span))} holds no layer; end must be greater than start")
-        position = end
-    return value
-
-
-def _registered(kind: str) -> BeforeValidator:
-    """Known by name, or ``package.module:Class``; imported only when it is used."""
-
-    def check(value: Any) -> Any:
-        known = registry.names(kind)
-        if not isinstance(value, str):
-            raise ValueError(f"must be a text, got {show(value)}")
-        if value not in known and ":" not in value:
-            near = registry.did_you_mean(value, known)
-            raise ValueError(
-                f"unknown {kind} '{value}'{near} Known: {', '.join(known)}; or "
-                "'package.module:Class' of your own"
-            )
-        return value
-
-    return BeforeValidator(check)
-
-
-class ScplSection(Section):
-    """Stages, what each trains on, and where each runs."""
-
-    stages: Count
-    """How many stages the layers are cut into."""
-    pipeline_ranks: Annotated[int | Literal["auto"], BeforeValidator(_ranks)] = "auto"
-    """Ranks that one copy of the model is spread over; a rank may hold several stages. ``auto``:
-    the largest number up to ``stages`` that divides the world size. What is left makes copies."""
-    partition: Annotated[
-        Literal["flops", "parameters", "uniform", "time"] | tuple[tuple[int, int], ...],
-        BeforeValidator(_cuts),
-    ] = "flops"
-    """Where to cut: equal work (``flops``), equal memory (``parameters``), equal layer counts
-    (``uniform``), equal times of the layers, measured by rank 0 before the run (``time``; a resumed
-    run of a recipe keeps its cut), or ranges of layers such as ``[[0, 3], [3, 6]]``."""
-    objective: ObjectiveChoice = Field(
-        default_factory=lambda: ObjectiveChoice.model_validate("supcon")
-    )
-    """Local loss of the stages: a name, or ``{name: ..., <its options>}``. Default ``supcon``."""
-    head: HeadSection = HeadSection()
-    """How the last stage trains."""
-    schedule: Annotated[str, _registered("schedule")] = "stream"
-    """Order of work on a rank. ``stream`` never waits for a later stage."""
-    max_in_flight: Count = 2
-    """Messages that may wait at a boundary before the sender pauses; each holds one micro-batch of
-    hidden states, and so does the one that the receiver takes ahead."""
-    transport: Literal["auto", "nccl", "gloo"] = "auto"
-    """What carries them: ``gloo`` through host memory, ``nccl`` from GPU to GPU; ``auto`` is gloo
-    until nccl has been run between two GPUs."""
-    boundary_dtype: Literal["bf16", "fp16", "fp8", "int8"] | None = None
-    """Hidden states cross a boundary in this dtype in training (fp8 and int8 with a scale a row).
-    No gradient depends on it, but it changes what the next stage learns from."""
-    step_in_backward: bool = True
-    """With gradient accumulation and several stages on a rank: all micro-batches through one stage,
-    then its optimizer step, before the next stage begins, so that only one stage has gradients.
-    ``false``: each micro-batch through all of them. The numbers are the same to the bit."""
-    sync: Literal["none", "step"] = "none"
-    """``step``: no stage begins an optimizer step before all have ended the one before. Costs the
-    pipeline a bubble every step."""
-    clip_scope: Literal["stage", "global"] = "stage"
-    """What ``deepspeed.gradient_clipping`` limits: the norm of each stage's gradients, or of all
-    stages' together (needs ``sync: step``, and keeps the gradients of all stages of a rank)."""
-    sharding: Annotated[str, _registered("sharding")] = "deepspeed"
-    """Backend that spreads one stage over its data-parallel ranks: ``deepspeed``, ``fsdp``,
-    ``ddp``, ``none``, or ``package.module:Class``."""
-    zero_stages: tuple[Annotated[int, Field(ge=0, le=3)], ...] | None = None
-    """ZeRO stage of each pipeline stage, where they differ; goes before
-    ``deepspeed.zero_optimization.stage``."""
-    timeout_s: Annotated[float, Field(gt=0), BeforeValidator(not_bool)] = 600.0
-    """Seconds that a rank waits for its neighbour before it gives up and says for what."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        problems: list[Problem] = []
-        if self.pipeline_ranks != "auto" and self.pipeline_ranks > self.stages:
-            problems.append(
-                Problem(
-                    "pipeline_ranks",
-                    f"{self.pipeline_ranks} is more than stages: {self.stages}, and a rank needs "
-                    f"at least one stage. Use at most {self.stages}",
-                )
-            )
-        if isinstance(self.partition, tuple) and len(self.partition) != self.stages:
-            problems.append(
-                Problem(
-                    "partition",
-                    f"has {len(self.partition)} ranges, but stages is {self.stages}",
-                )
-            )
-        if self.zero_stages is not None and len(self.zero_stages) != self.stages:
-            problems.append(
-                Problem(
-                    "zero_stages",
-                    f"has {len(self.zero_stages)} numbers, but stages is {self.stages}",
-                )
-            )
-        if self.clip_scope == "global" and self.sync != "step":
-            problems.append(
-                Problem(
-                    "clip_scope",
-                    "global needs scpl.sync: step: the norm over all stages is known only when the "
-                    "last one has gone backward",
-                )
-            )
-        if problems:
-            raise nested(problems)
-        return self
 
 
 def _bool_or_text(value: Any) -> Any:

@@ -16,6 +16,13 @@ from scpl_ds.errors import RecipeError
 _TABLES: dict[str, dict[str, str]] = {
     "objective": {
         "supcon": "scpl_ds.objectives.supcon:SupCon",
+        "dascpl": "scpl_ds.objectives.dascpl:Dascpl",
+        "early_exit": "scpl_ds.objectives.early_exit:EarlyExit",
+        "associated": "scpl_ds.objectives.associated:Associated",
+        "deinforeg": "scpl_ds.objectives.deinforeg:DeInfoReg",
+        "predsim": "scpl_ds.objectives.predsim:PredSim",
+        "reconstruction": "scpl_ds.objectives.reconstruction:Reconstruction",
+        "sum": "scpl_ds.objectives.weighted_sum:WeightedSum",
     },
     "sharding": {
         "deepspeed": "scpl_ds.sharding.deepspeed:DeepSpeedBackend",
@@ -38,6 +45,10 @@ _TABLES: dict[str, dict[str, str]] = {
     },
     "schedule": {
         "stream": "scpl_ds.schedules:stream",
+        "naive": "scpl_ds.schedules:gpipe",
+        "gpipe": "scpl_ds.schedules:gpipe",
+        "1f1b": "scpl_ds.schedules:one_f_one_b",
+        "zero_bubble": "scpl_ds.schedules:zero_bubble",
     },
 }
 

@@ -33,16 +33,14 @@ from scpl_ds.partition.footprint import longest_sequence
 from scpl_ds.partition.loading import load_stage
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan
 from scpl_ds.partition.prepare import prepare
-from scpl_ds.partition.stage_module import StageModule
 from scpl_ds.recipe import Recipe, check_world
 from scpl_ds.schedules import render, simulate
-from scpl_ds.stage import as_body
+from scpl_ds.stage import StageBody, as_body
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-AHEAD = 2
-"""Micro-batches that are ready before a GPU asks for them."""
+AHEAD = 2  # micro-batches that are ready before a GPU asks for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,9 +280,14 @@ def _anatomy(recipe: Recipe, facts: Facts | None) -> tuple[Any, Anatomy]:
 
 def draw_schedule(recipe: Recipe, num_stages: int, num_micro_batches: int) -> str:
     """The timeline of one step under the recipe's schedule, one rank a stage."""
-    schedule = registry.resolve("schedule", recipe.scpl.schedule, where="scpl.schedule")
+    scpl = recipe.scpl
+    backprop = scpl.method != "scpl"
+    name = scpl.backprop_schedule if backprop else scpl.schedule
+    schedule = registry.resolve("schedule", name, where="scpl.schedule")
+    num_micro_batches = 1 if name == "naive" else num_micro_batches
     try:
-        return render(simulate(schedule, num_stages, num_micro_batches))
+        slots = simulate(schedule, num_stages, num_micro_batches, gradients_travel_back=backprop)
+        return render(slots)
     except Exception as error:  # anybody's code, perhaps made for several stages a rank
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"(not drawn with one rank a stage: {reason})"
@@ -296,28 +299,27 @@ def make_engine(
     """Load this rank's stages and build the engine over them."""
     section, seed = recipe.deepspeed, recipe.train.seed
     backend = registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding")
-    extra = {}
-    if recipe.model.attn_implementation is not None:
-        extra["attn_implementation"] = recipe.model.attn_implementation
-    if recipe.model.revision is not None:
-        extra["revision"] = recipe.model.revision
+    asked = ("attn_implementation", "revision")
+    extra = {key: found for key in asked if (found := getattr(recipe.model, key)) is not None}
     factor = lr_schedule(section, recipe.train, total_steps)
 
-    def load(k: int) -> StageModule:
-        return load_stage(
+    def load(start: int, end: int, k: int = 0) -> StageBody:
+        stage = load_stage(
             model.path,
             recipe.model.task,
             model.anatomy,
-            *model.plan.span(k),
+            start,
+            end,
             config=model.config,
             dtype=backend.weights_dtype(stage_section(section, recipe.scpl, k)),
             seed=seed,
             **extra,
         )
+        return as_body(prepare(stage, recipe.train))
 
     return build_engine(
         model.plan,
-        lambda k: as_body(prepare(load(k), recipe.train)),
+        lambda k: load(*model.plan.span(k), k),
         recipe.scpl,
         section,
         mesh,
@@ -325,6 +327,8 @@ def make_engine(
         num_labels=model.config.num_labels,
         seed=seed,
         lr_at=lambda step: section.lr * factor(step),
+        total_steps=total_steps,
+        make_span=load,
     )
 
 
@@ -364,19 +368,30 @@ def make_eval_loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader | No
     )
 
 
+def whole_eval_loader(recipe: Recipe, data: Data) -> BatchLoader:
+    """Loader of all evaluation data for one rank alone, which must have read them."""
+    size, collate = recipe.eval_batch_size, _collator(recipe, data)
+    return BatchLoader(
+        data.eval, micro_batch_size=size, dp_rank=0, dp_size=1, seed=0, shuffle=False,
+        collate=collate, drop_last=False,
+    )  # fmt: skip
+
+
 def _loading(recipe: Recipe, data: Data, mesh: Mesh) -> dict[str, Any]:
     """What the two loaders have in common."""
-    collate: Any = _no_batch
-    if data.tokenizer is not None:
-        multiple = _options(recipe).pad_to_multiple_of
-        collate = Collator(data.tokenizer, pad_to_multiple_of=multiple)
     return {
         "dp_rank": mesh.dp_rank,
         "dp_size": mesh.dp_size,
         "seed": recipe.train.seed,
-        "collate": collate,
+        "collate": _collator(recipe, data),
         "num_workers": recipe.train.dataloader_num_workers,
     }
+
+
+def _collator(recipe: Recipe, data: Data) -> Any:
+    if data.tokenizer is None:
+        return _no_batch
+    return Collator(data.tokenizer, pad_to_multiple_of=_options(recipe).pad_to_multiple_of)
 
 
 def _no_batch(samples: list[Any]) -> Any:

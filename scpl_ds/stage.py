@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -18,7 +19,8 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.rows import row_gatherer
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import DataError
-from scpl_ds.objectives._base import Objective
+from scpl_ds.objectives._base import Objective, StageView
+from scpl_ds.objectives._targets import task_loss
 from scpl_ds.optim import OptimizerState
 from scpl_ds.partition.stage_module import StageOutput
 from scpl_ds.sharding._base import MakeOptimizer, StageBackend
@@ -26,6 +28,9 @@ from scpl_ds.sharding._base import MakeOptimizer, StageBackend
 log = logging.getLogger(__name__)
 DetachFeatures = bool | Literal["both"]
 HEADS = "scpl_heads"
+AHEAD = "ahead"
+EXIT = "exit_after_layer_"
+"""With the number of a layer: where the local head's scores [B, C] travel in an evaluation."""
 
 
 class StageBody(Protocol):
@@ -59,45 +64,91 @@ class LocalStage(nn.Module):
     """
 
     def __init__(
-        self, body: StageBody, objective: Objective | None, *, detach_features: DetachFeatures
+        self,
+        body: StageBody,
+        objective: Objective | None,
+        *,
+        detach_features: DetachFeatures,
+        ahead: StageBody | None = None,
     ) -> None:
         super().__init__()
         self.body = body
         self.objective = objective
+        self.ahead = ahead
+        """Copies of the next layers, which the local loss looks through."""
         self.detach_features = detach_features
+        if objective is not None and isinstance(body, nn.Module):
+            objective.attach(body)
 
     def forward(
-        self, inputs: dict[str, Tensor], hidden_states: Tensor | None = None
+        self,
+        inputs: dict[str, Tensor],
+        hidden_states: Tensor | None = None,
+        extras: dict[str, Tensor] | None = None,
     ) -> dict[str, Any]:
         """One micro-batch.
 
         Returns:
             ``loss`` (scalar, or None where there are no labels), ``hidden_states`` (detached),
-            ``logits`` (last stage, detached, else None) and ``metrics`` (detached scalars).
+            ``logits`` (last stage, detached, else None), ``metrics`` (detached scalars) and
+            ``extras`` (detached: what came, and what this stage's objective adds).
         """
         hidden = None if hidden_states is None else hidden_states.detach()
         output = self.body(inputs, hidden, detach_features=self.detach_features is True)
-        losses: list[Tensor] = []
-        metrics: dict[str, Tensor] = {}
-        labels = inputs.get("labels")
-        if self.objective is not None and labels is not None and self.training:
-            local = self.objective(
-                output.hidden_states, attention_mask=inputs.get("attention_mask"), labels=labels
-            )
-            losses.append(local.loss)
-            metrics |= local.metrics
-        if output.loss is not None:
-            losses.append(output.loss)
-            metrics["head_loss"] = output.loss.detach()
-        loss = torch.stack([part.float() for part in losses]).sum() if losses else None
+        view = StageView(output.hidden_states, hidden, inputs, extras or {})
+        if self.objective is None:
+            given: dict[str, Tensor] = {}
+            parts = {} if output.loss is None else {"head_loss": output.loss}
+            metrics: dict[str, Tensor] = {}
+        elif self.training:
+            parts, metrics, given = self._learn(self.objective, view, output)
+        else:
+            output, given = self._answer(self.objective, view, output)
+            parts = {} if output.loss is None else {"head_loss": output.loss}
+            metrics = {}
+        loss = torch.stack([part.float() for part in parts.values()]).sum() if parts else None
         if loss is not None:
-            metrics["loss"] = loss.detach()
+            metrics |= {"loss": loss.detach()}
+        if "head_loss" in parts:
+            metrics |= {"head_loss": parts["head_loss"].detach()}
         return {
             "loss": loss,
             "hidden_states": output.hidden_states.detach(),
             "logits": None if output.logits is None else output.logits.detach(),
             "metrics": metrics,
+            "extras": {**view.extras, **{name: value.detach() for name, value in given.items()}},
         }
+
+    def _learn(self, objective: Objective, view: StageView, output: StageOutput) -> Any:
+        """Losses by name, metrics, and what travels on."""
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        given: dict[str, Tensor] = {}
+        if "labels" in view.inputs:
+            if self.ahead is not None:
+                beyond = self.ahead(dict(view.inputs), view.hidden_states)
+                view = view._replace(hidden_states=beyond.hidden_states)
+                if beyond.loss is not None:
+                    losses["ahead_loss"] = beyond.loss
+            local = objective.learn(view)
+            losses["local_loss"], metrics, given = local.loss, dict(local.metrics), local.extras
+        if output.loss is not None:
+            losses["head_loss"] = output.loss
+        return losses, metrics, given
+
+    def _answer(self, objective: Objective, view: StageView, output: StageOutput) -> Any:
+        """The output, and what travels on: this stage's answer under the layer it was given at."""
+        if self.ahead is not None:
+            return output, {}  # the head knows what lies behind the copies, which are not run
+        answer = objective.answer(view)
+        given = dict(answer.extras)
+        if answer.logits is not None and self.body.is_last and objective.replaces_head:
+            labels = view.inputs.get("labels")
+            loss = None if labels is None else task_loss(answer.logits, labels)
+            output = output._replace(logits=answer.logits, loss=loss)
+        elif answer.logits is not None:
+            given[f"{EXIT}{self.body.end - 1}"] = answer.logits
+        return output, given
 
     def checkpoint_names(self) -> dict[str, str]:
         """This module's tensor names -> names in a checkpoint.
@@ -109,7 +160,8 @@ class LocalStage(nn.Module):
         names = {}
         for name in self.state_dict():
             room, _, rest = name.partition(".")
-            names[name] = head + rest if room == "objective" else rest.removeprefix("model.")
+            own = {"objective": head + rest, "ahead": f"{head}{AHEAD}.{rest}"}
+            names[name] = own.get(room, rest.removeprefix("model."))
         return names
 
     def memory_names(self) -> frozenset[str]:
@@ -138,14 +190,8 @@ class Stage:
 
     def forward(self, batch: MicroBatch) -> MicroBatch:
         """Train-mode forward; keeps the local loss for ``backward``, returns what the next stage
-        gets.
-
-        Dropout is drawn from a seed made of (seed, step, micro-batch, first layer, dp rank), not
-        from a running state: the same numbers whatever else runs in this process or before it.
-        """
-        device = self.backend.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._seed_for(batch))
+        gets."""
+        with self.dropout_of(batch.tag.step, batch.tag.micro_batch):
             output = self._run(batch)
         self.logits = None
         if output["loss"] is None:
@@ -155,10 +201,14 @@ class Stage:
                 f"{batch.tag.step}; it holds {sorted(batch.inputs)}. Local objectives need labels."
             )
         self._loss = output["loss"]
-        for name, value in output["metrics"].items():
+        self.count(output["metrics"])
+        return batch.with_hidden_states(output["hidden_states"], output["extras"])
+
+    def count(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add the numbers of one micro-batch to the step's means."""
+        for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         self._count += 1
-        return batch.with_hidden_states(output["hidden_states"])
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> tuple[MicroBatch, Tensor | None]:
@@ -169,7 +219,7 @@ class Stage:
         finally:
             self.module.train()
         self.logits = output["logits"]
-        return batch.with_hidden_states(output["hidden_states"]), output["loss"]
+        return batch.with_hidden_states(output["hidden_states"], output["extras"]), output["loss"]
 
     def backward(self, *, last: bool) -> None:
         """Local backward of the last forward; ``last``: of the step's last micro-batch."""
@@ -194,11 +244,22 @@ class Stage:
         self._loss, self._sums, self._count = None, {}, 0
 
     def _run(self, batch: MicroBatch) -> dict[str, Any]:
-        return self.backend.forward(inputs=batch.inputs, hidden_states=batch.hidden_states)
+        return self.backend.forward(
+            inputs=batch.inputs, hidden_states=batch.hidden_states, extras=batch.extras
+        )
 
-    def _seed_for(self, batch: MicroBatch) -> int:
+    @contextlib.contextmanager
+    def dropout_of(self, step: int, micro_batch: int) -> Iterator[None]:
+        """Random numbers made of (seed, step, micro-batch, first layer, dp rank), not of a running
+        state: the same whatever else runs in this process or before it."""
+        device = self.backend.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed_for(step, micro_batch))
+            yield
+
+    def _seed_for(self, step: int, micro_batch: int) -> int:
         first_layer, dp_rank = self.module.body.start, self.backend.mesh.dp_rank
-        numbers = (self._seed, batch.tag.step, batch.tag.micro_batch, first_layer, dp_rank)
+        numbers = (self._seed, step, micro_batch, first_layer, dp_rank)
         digest = hashlib.blake2b(struct.pack("<5q", *numbers), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
@@ -260,11 +321,24 @@ def _rename_state(state: OptimizerState, names: Mapping[str, str]) -> OptimizerS
     return dataclasses.replace(state, moments=moments)
 
 
+class FrozenStage(Stage):
+    """A stage that stays as it is: it has no objective, no dropout and no optimizer."""
+
+    def forward(self, batch: MicroBatch) -> MicroBatch:
+        return self.evaluate(batch)[0]
+
+    def backward(self, *, last: bool) -> None:
+        """Nothing."""
+
+    def step(self, lr: float, *, clip_to: float | None = None) -> None:
+        """Nothing."""
+
+
 def build_stage(
     index: int,
     body: StageBody,
     *,
-    make_objective: Callable[[int | None], Objective],
+    make_objective: Callable[[int | None], Objective] | None,
     detach_features: DetachFeatures,
     make_optimizer: MakeOptimizer,
     backend: type[StageBackend],
@@ -272,21 +346,36 @@ def build_stage(
     mesh: Mesh,
     device: torch.device,
     seed: int,
+    frozen: bool = False,
+    ahead: StageBody | None = None,
 ) -> Stage:
     """Put a stage together on ``device``.
 
     The local head is drawn from (seed, last layer of the stage) alone, so it does not depend on how
     many stages this process builds.
+
+    Args:
+        make_objective: From the width of the hidden states; None: the stage has no objective.
+        frozen: It is not trained at all.
+        ahead: Copies of the next layers, for the local loss.
     """
-    objective = None
-    if not body.is_last or detach_features is not False:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed * 1_000_003 + body.end) % 2**63)
-            objective = make_objective(body.hidden_size)
-        objective.gather_rows = row_gatherer(mesh)
-    module = LocalStage(body, objective, detach_features=detach_features)
-    module.train()
-    return Stage(index, module, backend(module, make_optimizer, section, mesh, device), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed * 1_000_003 + body.end) % 2**63)
+        objective = None if make_objective is None else make_objective(body.hidden_size)
+        module = LocalStage(body, objective, detach_features=detach_features, ahead=ahead)
+    if objective is not None:
+        objective.see_all_ranks(row_gatherer(mesh))
+    module.train(not frozen)
+    if frozen:  # and otherwise as it came: the model's owner may have frozen parts of it
+        module.requires_grad_(False)
+    made = backend(module, make_optimizer, section, mesh, device)
+    return (FrozenStage if frozen else Stage)(index, module, made, seed)
+
+
+def exits_of(batch: MicroBatch) -> dict[int, Tensor]:
+    """Layer -> scores [B, C] of the local head behind it, of an evaluated micro-batch."""
+    found = [name for name in batch.extras if name.startswith(EXIT)]
+    return {int(name.removeprefix(EXIT)): batch.extras[name] for name in found}
 
 
 def as_body(module: nn.Module) -> StageBody:

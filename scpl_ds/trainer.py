@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from scpl_ds import checkpoint, export
-from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import barrier, broadcast_object
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
@@ -36,6 +35,7 @@ from scpl_ds.setup import (
     make_loaders,
     start_world,
     together,
+    whole_eval_loader,
 )
 from scpl_ds.trackers._base import TrackerSet
 
@@ -361,14 +361,5 @@ class Run:
         if exported is None or self.data.facts.num_eval == 0:
             return self.last_eval.get("val/accuracy")
         model = export.load_exported(exported, self.recipe.model.task)
-        whole = BatchLoader(
-            self.data.eval,
-            micro_batch_size=self.recipe.eval_batch_size,
-            dp_rank=0,
-            dp_size=1,
-            seed=0,
-            shuffle=False,
-            collate=self.eval_loader.collate if self.eval_loader else self.train_loader.collate,
-            drop_last=False,
-        )
+        whole = whole_eval_loader(self.recipe, self.data)
         return score_model(model, whole, self.device).metrics()["val/accuracy"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from scpl_ds.baselines._base import Job, Part, Rival, lane, lane_size, ring_bytes
+from scpl_ds.baselines._timed_stage import TimedStage
 from scpl_ds.distributed.collectives import average_gradients
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.errors import RecipeError
@@ -81,7 +79,20 @@ class TorchPipelining(Rival):
         """Torch's schedule for batches of ``length`` positions."""
         if length in self._schedules:
             return self._schedules[length]
-        stages = [_Stage(self, part, length) for part in self._parts]
+        stages = [
+            TimedStage(
+                part,
+                part.stage,
+                self.num_stages,
+                self.job.device,
+                input_args=self.example(part.stage - 1, length),
+                output_args=self.example(part.stage, length),
+                group=self._group,
+                doing=self.doing,
+                sent=self._count,
+            )
+            for part in self._parts
+        ]
         make: Any = get_schedule_class(self._style.schedule)
         single = self._style.stages_per_rank == 1
         try:
@@ -139,49 +150,8 @@ class TorchPipelining(Rival):
     def num_stages(self) -> int:
         return self._num_stages
 
-    @property
-    def group(self) -> Any:
-        """Process group of this lane's pipeline ranks."""
-        return self._group
+    def _count(self, nbytes: int) -> None:
+        self.bytes_sent += nbytes
 
     def parameters(self) -> dict[str, Tensor]:
         return {k: v for part in self._parts for k, v in part.body.hf_state_dict().items()}
-
-
-class _Stage(PipelineStage):
-    """Torch's stage, with a clock and a count of what it sends."""
-
-    def __init__(self, rival: TorchPipelining, part: Part, length: int) -> None:
-        super().__init__(
-            part,
-            part.stage,
-            rival.num_stages,
-            rival.job.device,
-            input_args=rival.example(part.stage - 1, length),
-            output_args=rival.example(part.stage, length),
-            group=rival.group,
-        )
-        self._rival = rival
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        with self._rival.doing("forward", self.stage_index, fwd_chunk_id):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        with self._rival.doing("backward", self.stage_index, bwd_chunk_id):
-            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        with self._rival.doing("backward", self.stage_index, bwd_chunk_id):
-            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._counted(super().get_fwd_send_ops(fwd_chunk_id))
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
-
-    def _counted(self, sends: Iterable[dist.P2POp]) -> list[dist.P2POp]:
-        sends = list(sends)
-        self._rival.bytes_sent += sum(op.tensor.numel() * op.tensor.element_size() for op in sends)
-        return sends

@@ -104,6 +104,43 @@ def _predict(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _quality(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML or JSON file; its evaluation data are the test set")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as in `scpl-ds train`"
+    )
+    parser.add_argument(
+        "--methods", type=_names, default=("bp", "default", "early_exit", "associated", "freeze"),
+        metavar="A,B", help="bp, joint, freeze (the last stage only is trained), default (what a "
+        "recipe gets that names no objective), names of objectives, and names of --variants; "
+        "default: bp,default,early_exit,associated,freeze",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stages", type=_counts, default=(2,), metavar="K,...", help="default: 2; bp has none"
+    )
+    parser.add_argument("--seeds", type=_count, default=3, help="how many; default: %(default)s")
+    parser.add_argument(
+        "--learning-rates", type=_numbers, default=None, metavar="A,B",
+        help="tried with the first seed, the best by validation kept; default: the recipe's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation", type=_share, default=0.1, metavar="SHARE",
+        help="of the training data, held out to select by; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variants", type=Path, default=None, metavar="FILE",
+        help="YAML: name -> keys of a recipe's scpl section",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=_count, default=None,
+        help="trainings at a time, one thread each; default: as many as cores, 1 on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plot", type=Path, default=None, metavar="FILE",
+        help="draw accuracy against stages and against time (needs matplotlib)",
+    )  # fmt: skip
+
+
 COMMANDS: dict[str, Command] = {
     "head": Command("What the local objective costs a stage.", "scpl_ds.bench.head", _head),
     "memory": Command(
@@ -113,6 +150,11 @@ COMMANDS: dict[str, Command] = {
         "Throughput of the pipeline, beside backprop pipelines on the same ranks.",
         "scpl_ds.bench.pipeline",
         _pipeline,
+    ),
+    "quality": Command(
+        "Accuracy of every method on a recipe's data, beside backprop.",
+        "scpl_ds.bench.quality",
+        _quality,
     ),
     "predict": Command(
         "Predicted throughput on 2 to 1024 GPUs, from times measured on this one.",
@@ -147,6 +189,26 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        numbers = (-1.0,)
+    if not all(0 < number < 1e6 for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be numbers above 0, as in 2e-5,5e-5; got {text!r}")
+    return numbers
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
+    return share
 
 
 def _milliseconds(text: str) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -194,20 +195,55 @@ def in_a_fork(function: Callable[[], T]) -> T:
     Raises:
         ScplError: It failed.
     """
+    ((_, answer),) = in_forks([function], jobs=1)
+    if isinstance(answer, ScplError):
+        raise answer
+    return answer
+
+
+def in_forks(
+    functions: Sequence[Callable[[], T]], *, jobs: int
+) -> Iterator[tuple[int, T | ScplError]]:
+    """What each function returns, computed in a process of its own, up to ``jobs`` at a time; the
+    number of the function beside it, in the order in which they end. One that failed gives its
+    error. The processes end with the iterator."""
+    waiting = list(enumerate(functions))[::-1]
+    running: dict[Connection, tuple[int, int]] = {}
     with tempfile.TemporaryDirectory(prefix="scpl-bench-") as folder:
-        pid, pipe = _fork(lambda _, end: _answer(end, function()), 0, Path(folder) / "log")
         try:
-            _, error, answer = pipe.recv()
-        except EOFError:
-            error, answer = "a forked process ended without a word", None
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    number, function = waiting.pop()
+                    log = Path(folder) / f"{number}.log"
+                    pid, pipe = _fork(functools.partial(_answer_with, function), number, log)
+                    running[pipe] = (number, pid)
+                for pipe in wait(list(running)):
+                    assert isinstance(pipe, Connection)
+                    number, pid = running.pop(pipe)
+                    try:
+                        _, error, answer = pipe.recv()
+                    except (EOFError, OSError):
+                        said = (Path(folder) / f"{number}.log").read_text(errors="replace").strip()
+                        error = f"a forked process ended without a word: ...{said[-300:]}"
+                        answer = None
+                    finally:
+                        _end(pid, pipe)
+                    yield number, cast(T, answer) if error is None else ScplError(error)
         finally:
-            os.kill(pid, signal.SIGKILL)  # has answered, or will not; not reaped yet
-            os.waitpid(pid, 0)
-            _parents_ends.discard(pipe)
-            pipe.close()
-    if error is not None:
-        raise ScplError(error)
-    return cast(T, answer)
+            for pipe, (_, pid) in running.items():
+                _end(pid, pipe)
+
+
+def _answer_with(function: Callable[[], Any], number: int, pipe: Connection) -> None:
+    del number
+    _answer(pipe, function())
+
+
+def _end(pid: int, pipe: Connection) -> None:
+    os.kill(pid, signal.SIGKILL)  # has answered, or is not to; not reaped yet
+    os.waitpid(pid, 0)
+    _parents_ends.discard(pipe)
+    pipe.close()
 
 
 _parents_ends: set[Connection] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -38,6 +38,30 @@ GatherRows = Callable[[Tensor, Tensor], GatheredRows]
 """(features [B, D], labels [B]) -> the rows of all ranks; a collective of the stage."""
 
 
+class StageView(NamedTuple):
+    """What an objective may see of one micro-batch. B samples, T positions, D hidden size."""
+
+    hidden_states: Tensor
+    """Output of the stage's last layer, not detached, [B, T, D] or [B, D]."""
+    block_input: Tensor | None
+    """What entered the stage's first layer, without gradient, [B, T, D]; None on the first
+    stage."""
+    inputs: Mapping[str, Tensor]
+    """What the model was given: ids, mask ..."""
+    extras: Mapping[str, Tensor]
+    """What the objectives of earlier stages sent along."""
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """1 for a real position, 0 for padding, [B, T]; None: no padding."""
+        return self.inputs.get("attention_mask")
+
+    @property
+    def labels(self) -> Tensor:
+        """As the collator gives them; usually int64, [B]."""
+        return self.inputs["labels"]
+
+
 class ObjectiveOutput(NamedTuple):
     """What one micro-batch gave: the loss to go backward from, and numbers to log."""
 
@@ -46,6 +70,17 @@ class ObjectiveOutput(NamedTuple):
     gradient over the data-parallel ranks, like that of any loss."""
     metrics: dict[str, Tensor]
     """Detached 0-dim tensors, still on the device: reading one waits for the device."""
+    extras: dict[str, Tensor] = {}  # noqa: RUF012 - a default that nobody writes to
+    """Tensors [B, ...] that the next stages' objectives see; they carry no gradient over."""
+
+
+class Answer(NamedTuple):
+    """What an objective says of one micro-batch in evaluation."""
+
+    logits: Tensor | None = None
+    """Scores of the classes, [B, C]; None where the objective cannot classify."""
+    extras: dict[str, Tensor] = {}  # noqa: RUF012 - a default that nobody writes to
+    """As in :class:`ObjectiveOutput`."""
 
 
 class ObjectiveOptions(BaseModel):
@@ -89,6 +124,15 @@ class Objective(nn.Module, abc.ABC):
             )
         self.hidden_size = hidden_size
         self.num_labels = num_labels
+        self.replaces_head = self.trains_last_stage(options)
+        """Its answer on the last stage is the model's, in the place of the task head's."""
+
+    @classmethod
+    def trains_last_stage(cls, options: BaseModel) -> bool:
+        """Whether the last stage's layers learn from it too (the task head then reads detached
+        features) unless the recipe says otherwise (``scpl.head.detach_features``)."""
+        del options
+        return False
 
     @abc.abstractmethod
     def forward(
@@ -101,6 +145,25 @@ class Objective(nn.Module, abc.ABC):
             attention_mask: 1 for a real position, 0 for padding, [B, T]; None: no padding.
             labels: As the collator gives them; usually int64, [B].
         """
+
+    def learn(self, view: StageView) -> ObjectiveOutput:
+        """What the stage calls in training. An objective that needs more than the output of the
+        stage, its mask and the labels writes this method, and ``forward`` stays for who has only
+        those."""
+        return self(view.hidden_states, attention_mask=view.attention_mask, labels=view.labels)
+
+    def answer(self, view: StageView) -> Answer:
+        """What the stage calls in evaluation, without gradient; there may be no labels."""
+        del view
+        return Answer()
+
+    def attach(self, body: nn.Module) -> None:
+        """Called once, before anything is sharded and still under the stage's seed: the layers
+        that this objective trains, with ``start``, ``end``, ``is_first`` and ``is_last``."""
+
+    def see_all_ranks(self, gather: GatherRows | None) -> None:
+        """The stage says how to see the rows of its other data-parallel ranks."""
+        self.gather_rows = gather
 
     def commit_step(self) -> None:
         """The optimizer step is done: what its micro-batches left in the buffers stays."""

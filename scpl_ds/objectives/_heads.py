@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 Pooling = Literal["mean", "cls", "last"]
 Projection = Literal["identity", "linear", "mlp"]
+ClassifierKind = Literal["linear", "mlp"]
 
 
 def real_rows(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -143,6 +144,35 @@ class ProjectionHead(nn.Module):
         if parameter is not None:
             pooled = pooled.to(parameter.dtype)
         return self.projector(self.norm(pooled))
+
+    def flops(self, rows: int) -> int:
+        """Forward FLOPs of the Linear layers for ``rows`` rows."""
+        return sum(2 * rows * n_in * n_out for n_in, n_out in self.shapes)
+
+
+class Classifier(nn.Module):
+    """``[LayerNorm] -> [Linear, Tanh] -> Linear`` from D features to C scores.
+
+    ``mlp`` is the authors' predictor for language (minyaho/DASCPL, ``make_predictor``). It runs in
+    the dtype of its own parameters and answers in float32.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_labels: int, *, kind: ClassifierKind, layer_norm: bool
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        self.hidden: nn.Module = nn.Identity()
+        self.shapes: tuple[tuple[int, int], ...] = ((hidden_size, num_labels),)
+        if kind == "mlp":
+            self.hidden = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh())
+            self.shapes = ((hidden_size, hidden_size), *self.shapes)
+        self.out = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        scores = self.out(self.hidden(self.norm(pooled.to(self.out.weight.dtype))))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def flops(self, rows: int) -> int:
         """Forward FLOPs of the Linear layers for ``rows`` rows."""

@@ -4,53 +4,32 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from scpl_ds.errors import RecipeError
-from scpl_ds.objectives._base import (
-    IGNORED_LABEL,
-    GatheredRows,
-    Objective,
-    ObjectiveOptions,
-    ObjectiveOutput,
-)
+from scpl_ds.objectives._base import IGNORED_LABEL, GatheredRows, Objective, ObjectiveOutput
 from scpl_ds.objectives._contrast import CHUNK_SIZE, PosNorm, contrast, supcon_loss
-from scpl_ds.objectives._heads import (
-    Pooling,
-    Projection,
-    ProjectionHead,
-    pool,
-    real_rows,
+from scpl_ds.objectives._heads import pool, real_rows
+from scpl_ds.objectives._options import (
+    ProjectionOptions,
+    projection_head,
+    refuse_regression,
+    require_classes,
 )
 from scpl_ds.objectives._queue import FeatureQueue
 
 __all__ = ["SupCon", "SupConOptions", "supcon_loss"]
 
 
-class SupConOptions(ObjectiveOptions):
+class SupConOptions(ProjectionOptions):
     """Options of ``scpl.objective: {name: supcon, ...}``."""
 
     temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     """Softmax temperature, dimensionless. Lower is sharper; 0.1 is the paper's."""
-    pooling: Pooling = "mean"
-    """How a sequence becomes one vector: ``mean`` over its real positions, ``cls`` (the first real
-    one), ``last`` (the last real one, for decoders)."""
-    projection: Projection = "mlp"
-    """Head between the pooled vector and the loss; trained with the stage, not exported. The
-    paper's language experiments use ``identity``."""
-    projection_dim: PositiveInt | None = None
-    """Width of the vectors that are compared. Unset: the model's hidden size."""
-    hidden_dim: PositiveInt | None = None
-    """Width of the hidden layer of ``mlp``. Unset: the model's hidden size."""
     pos_norm: PosNorm = "paper"
     """``paper``: divide by |P| + 1 and average over all rows, as the authors' code does.
     ``khosla``: divide by |P| and average over the rows that have a positive."""
-    layer_norm: bool = True
-    """Normalise the pooled vector before the head. Pre-norm models (GPT-2, Llama, ModernBERT, ...)
-    hand over a residual stream that nobody has normalised, in which a few features are far larger
-    than the rest. false is the paper's setting; its own blocks end in a LayerNorm."""
-
     gather: bool = False
     """Compare the rows of all data-parallel ranks of the stage, as if one rank had them all: D
     ranks with B rows each train as one rank with D x B rows. Two messages a micro-batch between
@@ -67,20 +46,6 @@ class SupConOptions(ObjectiveOptions):
     once more in backward. Bounds memory: chunk_size x (rows + queue) similarities instead of
     rows x (rows + queue). A batch of up to so many rows is untouched by it; a larger one learns
     the same up to rounding."""
-
-    @model_validator(mode="after")
-    def _dims_belong_to_the_projection(self) -> SupConOptions:
-        if self.projection == "identity" and self.projection_dim is not None:
-            raise ValueError(
-                f"projection_dim: {self.projection_dim} needs a head, but projection is "
-                "'identity'; use projection: linear or mlp, or leave projection_dim out"
-            )
-        if self.projection != "mlp" and self.hidden_dim is not None:
-            raise ValueError(
-                f"hidden_dim: {self.hidden_dim} is the hidden layer of an mlp, but projection is "
-                f"'{self.projection}'; use projection: mlp, or leave hidden_dim out"
-            )
-        return self
 
 
 class SupCon(Objective):
@@ -103,26 +68,9 @@ class SupCon(Objective):
         self, options: SupConOptions, *, hidden_size: int | None, num_labels: int | None
     ) -> None:
         super().__init__(options, hidden_size=hidden_size, num_labels=num_labels)
-        if num_labels == 1:
-            raise RecipeError(
-                "scpl.objective: supcon compares samples by class, but model.num_labels is 1, "
-                "which means regression in transformers. Use a classification task "
-                "(num_labels: 2 or more)."
-            )
+        refuse_regression("supcon", num_labels)
         self.options = options
-        try:
-            self.head = ProjectionHead(
-                hidden_size,
-                projection=options.projection,
-                hidden_size=options.hidden_dim,
-                output_size=options.projection_dim,
-                layer_norm=options.layer_norm,
-            )
-        except ValueError as error:
-            raise RecipeError(
-                f"scpl.objective: {error} Use projection: identity with layer_norm: false, or "
-                "a model whose config has a hidden_size."
-            ) from error
+        self.head = projection_head(hidden_size, options)
         self.queue: FeatureQueue | None = None
         if options.feature_queue:
             if not self._width:
@@ -147,7 +95,7 @@ class SupCon(Objective):
             RecipeError: The labels are not one class per row (regression, multi-label, causal-lm).
             ValueError: The number of labels, or the mask, does not fit the hidden states.
         """
-        self._check_labels(hidden_states, labels)
+        require_classes("supcon", hidden_states, labels)
         pooled = pool(hidden_states, attention_mask, self.options.pooling)  # [B, D]
         labels = labels.long().masked_fill(~real_rows(hidden_states, attention_mask), IGNORED_LABEL)
         features = self.head(pooled)  # [B, width]
@@ -201,28 +149,3 @@ class SupCon(Objective):
         del sequence
         compared = batch + self.options.feature_queue
         return self.head.flops(batch) + 2 * batch * compared * self._width
-
-    @staticmethod
-    def _check_labels(hidden_states: Tensor, labels: Tensor | None) -> None:
-        if labels is None:
-            raise RecipeError(
-                "scpl.objective: supcon needs the class of every sample, but the batch has no "
-                "'labels'. Use a labelled data set."
-            )
-        if labels.is_floating_point() or labels.is_complex():
-            raise RecipeError(
-                "scpl.objective: supcon compares samples by class and needs integer labels, got "
-                f"{labels.dtype} of shape {list(labels.shape)}: regression and multi-label targets "
-                "have no classes. Use a single-label classification task."
-            )
-        if labels.ndim != 1:
-            raise RecipeError(
-                "scpl.objective: supcon needs one label per sample, [batch], got shape "
-                f"{list(labels.shape)}. Labels per token (causal-lm) have no class per sample; use "
-                "model.task: sequence-classification."
-            )
-        if labels.shape[0] != hidden_states.shape[0]:
-            raise ValueError(
-                f"supcon needs one label per sample, got {labels.shape[0]} labels for "
-                f"{hidden_states.shape[0]} rows of hidden states."
-            )

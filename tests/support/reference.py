@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from scpl_ds.objectives._base import Objective, StageView
+
 Batch = dict[str, Tensor]
 
 
@@ -28,7 +30,7 @@ class PlainLoop:
 
     Args:
         bodies: Per stage ``body(inputs, hidden_states, detach_features=) -> StageOutput``.
-        heads: Per stage the local objective, or None.
+        heads: Per stage the local objective, attached to its body, or None.
         lr: Step -> learning rate (AdamW, no weight decay).
         clip: Largest gradient norm of a stage; 0 is off.
         accumulation: Micro-batches of a step.
@@ -41,7 +43,7 @@ class PlainLoop:
     def __init__(
         self,
         bodies: Sequence[nn.Module],
-        heads: Sequence[nn.Module | None],
+        heads: Sequence[Objective | None],
         *,
         lr: Callable[[int], float],
         clip: float,
@@ -69,19 +71,14 @@ class PlainLoop:
         """Forward and backward of one step into ``.grad``; returns each stage's mean loss."""
         losses = [0.0] * len(self.bodies)
         for n in range(self.accumulation):
-            batch, hidden = next(batches), None
+            batch, hidden, extras = next(batches), None, {}
             for k, (body, head) in enumerate(zip(self.bodies, self.heads, strict=True)):
                 torch.manual_seed(seed_of(self.seed, number, n, body.start, self.dp_rank))
                 output = body(batch, hidden, detach_features=self.detach)
                 loss = torch.zeros(())
                 if head is not None:
-                    mask = batch.get("attention_mask")
-                    loss = (
-                        loss
-                        + head(
-                            output.hidden_states, attention_mask=mask, labels=batch["labels"]
-                        ).loss
-                    )
+                    local = head.learn(StageView(output.hidden_states, hidden, batch, extras))
+                    loss, extras = loss + local.loss, {**extras, **local.extras}
                 if output.loss is not None:
                     loss = loss + output.loss
                 (loss / self.accumulation).backward()

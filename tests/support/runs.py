@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
 import scpl_ds
-from scpl_ds.objectives.supcon import SupCon
 from scpl_ds.partition.anatomy import analyze
 from scpl_ds.partition.stage_module import stage_from_model
+from scpl_ds.recipe_scpl import ObjectiveChoice
 from scpl_ds.stage import HEADS
 from tests.support.models import build
 from tests.support.reference import Batch, PlainLoop
@@ -53,7 +53,7 @@ def lane(stream: Iterator[Batch], dp_rank: int, dp_size: int) -> Iterator[Batch]
 
 def config(stages: int, *, accumulation: int = 1, **options: Any) -> dict[str, Any]:
     """A ds_config with an ``scpl`` block. Options: ``sharding``, ``zero``, ``detach``, ``clip``,
-    ``eps``, ``objective`` (options of supcon), ``pipeline_ranks``."""
+    ``eps``, ``objective`` (options of supcon, or any objective), ``pipeline_ranks``."""
     return {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": accumulation,
@@ -70,12 +70,18 @@ def config(stages: int, *, accumulation: int = 1, **options: Any) -> dict[str, A
         "scpl": {
             "stages": stages,
             "partition": "uniform",
-            "objective": {"name": "supcon", "projection": "mlp", **options.pop("objective", {})},
-            "head": {"detach_features": options.pop("detach", False)},
+            "objective": objective_of(options.pop("objective", {})),
+            "head": {"detach_features": options.pop("detach", None)},
             "timeout_s": 25,
             **{"sharding": "none", **options},
         },
     }
+
+
+def objective_of(asked: Any) -> Any:
+    """What a recipe would say: a name, a list, a mapping, or options of supcon."""
+    named = isinstance(asked, str | list) or "name" in asked
+    return asked if named else {"name": "supcon", "projection": "mlp", **asked}
 
 
 def engine(stages: int, **options: Any) -> scpl_ds.Engine:
@@ -96,11 +102,9 @@ def plain_loop(like: scpl_ds.Engine, *, accumulation: int = 1, **options: Any) -
         head = None
         if end < anatomy.num_layers or detach is not False:
             torch.manual_seed((SEED * 1_000_003 + end) % 2**63)
-            head = SupCon(
-                SupCon.Options(projection="mlp", **objective),
-                hidden_size=anatomy.hidden_size,
-                num_labels=CLASSES,
-            )
+            choice = ObjectiveChoice.model_validate(objective_of(objective))
+            head = choice.create(hidden_size=anatomy.hidden_size, num_labels=CLASSES)
+            head.attach(bodies[-1])
         heads.append(head)
     return PlainLoop(
         bodies,

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "bench",
         "trainer",
         "evaluation reporting",
-        "setup",
+        "setup early_exit",
         "memory",
         "build",
         "engine",

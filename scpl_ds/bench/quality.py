@@ -1,0 +1,256 @@
+"""``scpl-ds bench quality``: every method on a recipe's data, beside backprop.
+
+Each training is a process of its own, all stages in it: that gives the same numbers as stages on
+ranks. The recipe's evaluation data are the test set; what is selected is selected on a part of the
+training data that no training sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from scpl_ds import registry
+from scpl_ds.bench.machine import describe_machine
+from scpl_ds.bench.quality_table import best_of, plot, render, selected
+from scpl_ds.bench.quality_trial import train_and_score
+from scpl_ds.bench.ranks import in_forks
+from scpl_ds.errors import RecipeError, ScplError
+from scpl_ds.recipe import Recipe, load_recipe, recipe_from_mapping
+from scpl_ds.recipe_files import read_mapping
+from scpl_ds.registry import did_you_mean
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+_OF_A_METHOD = ("method", "objective", "head", "freeze_stages", "polish", "schedule")
+"""Keys of the recipe's ``scpl`` section that a method says itself."""
+_NO_METHOD = ("sum", "reconstruction")
+"""Objectives that are no method by themselves."""
+
+
+class Trial(NamedTuple):
+    """One training."""
+
+    method: str
+    stages: int
+    seed: int
+    learning_rate: float
+
+
+def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
+    """The command: the table."""
+    before = _read(args.json)
+    figures = run(
+        load_recipe(args.recipe, args.overrides),
+        methods=args.methods,
+        stages=args.stages,
+        seeds=args.seeds,
+        learning_rates=args.learning_rates,
+        validation=args.validation,
+        variants={} if args.variants is None else read_mapping(args.variants),
+        jobs=args.jobs,
+        before=before,
+        on_figures=save,
+    )
+    if args.plot is not None:
+        plot(figures["rows"], args.plot)
+    return render(figures["rows"])
+
+
+def run(
+    recipe: Recipe,
+    *,
+    methods: Sequence[str],
+    stages: Sequence[int],
+    seeds: int,
+    learning_rates: Sequence[float] | None = None,
+    validation: float = 0.1,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    jobs: int | None = None,
+    before: Mapping[str, Any] | None = None,
+    on_figures: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Train and score the grid; progress goes to the log.
+
+    Args:
+        recipe: Model, data, optimizer, length of the training. Its stages, objective, sharding,
+            trackers and folders play no part.
+        methods: Names: ``bp``, ``joint``, ``freeze``, ``default``, objectives, variants.
+        stages: Numbers of stages; ``bp`` is trained once, with one.
+        seeds: How many, counted on from ``train.seed``.
+        learning_rates: To be tried with the first seed for every method and number of stages; the
+            best on the validation data is kept. None: the recipe's own.
+        validation: Share of the training data that is held out.
+        variants: Name -> keys of the ``scpl`` section.
+        jobs: Trainings at a time.
+        before: What an earlier call returned: its trainings are not repeated.
+        on_figures: Called with everything so far after each training.
+
+    Returns:
+        ``machine``, ``settings``, ``rows`` (a selected row a method, number of stages and seed) and
+        ``trials`` (everything else that was tried, and what failed, with ``error``).
+
+    Raises:
+        RecipeError: Something that cannot be run as asked, or ``before`` is of other settings.
+    """
+    variants = variants or {}
+    scpl_of = {name: _scpl_of(name, variants) for name in dict.fromkeys(methods)}
+    rates = list(learning_rates or [recipe.deepspeed.lr])
+    first = recipe.train.seed
+    settings = {
+        "recipe": _without_run(recipe),
+        "validation": validation,
+        "variants": {name: dict(keys) for name, keys in variants.items() if name in scpl_of},
+    }
+    done = _earlier(before, settings)
+    jobs = jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    figures: dict[str, Any] = {
+        "machine": describe_machine() | {"jobs": jobs},
+        "settings": settings,
+        "rows": [],
+        "trials": [],
+    }
+
+    def cells() -> Iterable[tuple[str, int]]:
+        for name in scpl_of:
+            yield from [(name, 1)] if name == "bp" else [(name, k) for k in stages]
+
+    def work(trials: Sequence[Trial]) -> None:
+        wanted = [trial for trial in trials if trial not in done]
+        functions = []
+        for trial in wanted:
+            own = recipe_of(recipe, trial, scpl_of[trial.method])
+            functions.append(functools.partial(_one, own, validation))
+        for number, result in in_forks(functions, jobs=jobs):
+            trial = wanted[number]
+            row: Row = trial._asdict()
+            row |= {"error": str(result)} if isinstance(result, ScplError) else result
+            done[trial] = row
+            _say(row, len(done))
+            figures["rows"], figures["trials"] = selected(list(done.values()))
+            if on_figures is not None:
+                on_figures(figures)
+
+    work([Trial(*cell, first, rate) for cell in cells() for rate in rates])
+    chosen = {}
+    for cell in cells():
+        tried = [done[Trial(*cell, first, rate)] for rate in rates]
+        best = best_of([row for row in tried if "error" not in row])
+        if best is not None:
+            chosen[cell] = best["learning_rate"]
+    later = range(first + 1, first + seeds)
+    work([Trial(*cell, seed, rate) for seed in later for cell, rate in chosen.items()])
+    figures["rows"], figures["trials"] = selected(list(done.values()))
+    return figures
+
+
+def recipe_of(recipe: Recipe, trial: Trial, scpl: Mapping[str, Any]) -> Recipe:
+    """The recipe of one training: one line apart from those of the other methods."""
+    raw = recipe.to_mapping()
+    section = {k: v for k, v in raw["scpl"].items() if k not in (*_OF_A_METHOD, "partition")}
+    if isinstance(recipe.scpl.partition, str):
+        section["partition"] = recipe.scpl.partition
+    for key in ("zero_stages", "boundary_dtype", "pipeline_ranks", "clip_scope", "sync"):
+        section.pop(key, None)
+    own = dict(scpl)
+    if own.get("freeze_stages") == "all but the last":
+        own["freeze_stages"] = trial.stages - 1
+    raw["scpl"] = {**section, "stages": trial.stages, "sharding": "none", **own}
+    deepspeed = {k: v for k, v in raw["deepspeed"].items() if k != "zero_optimization"}
+    train = {**raw["train"], "seed": trial.seed}
+    if "optimizer" in deepspeed:
+        optimizer = dict(deepspeed["optimizer"])
+        optimizer["params"] = {**optimizer.get("params", {}), "lr": trial.learning_rate}
+        deepspeed["optimizer"] = optimizer
+    else:
+        train["learning_rate"] = trial.learning_rate
+    raw |= {"deepspeed": deepspeed, "train": train, "trackers": []}
+    where = f"bench quality, {trial.method} with {trial.stages} stages"
+    return recipe_from_mapping(raw, where=where)
+
+
+def _scpl_of(method: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What a method writes into the ``scpl`` section."""
+    named: dict[str, Mapping[str, Any]] = {
+        "bp": {"method": "bp"},
+        "joint": {"method": "joint", "objective": "early_exit"},
+        "freeze": {"freeze_stages": "all but the last"},
+        "default": {},
+    }
+    named |= {
+        name: {"objective": name} for name in registry.names("objective") if name not in _NO_METHOD
+    }
+    named |= variants
+    if method not in named:
+        raise RecipeError(
+            f"--methods: unknown method '{method}'{did_you_mean(method, named)} Known: "
+            f"{', '.join(named)}."
+        )
+    return named[method]
+
+
+def _one(recipe: Recipe, validation: float) -> Row:
+    torch.set_num_threads(1)
+    logging.getLogger("scpl_ds").setLevel(logging.WARNING)
+    return train_and_score(recipe, validation)
+
+
+def _without_run(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe every training has."""
+    raw = recipe.to_mapping()
+    train = {k: v for k, v in raw["train"].items() if k not in ("output_dir", "run_name")}
+    return {"model": raw["model"], "deepspeed": raw["deepspeed"], "data": raw["data"]} | {
+        "train": train
+    }
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    """What an earlier call has written to ``--json``."""
+    if path is None or not path.is_file() or not (text := path.read_text()).strip():
+        return None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RecipeError(
+            f"--json {path}: holds no JSON ({error}), so it cannot be gone on with. Name another "
+            "file, or remove it."
+        ) from error
+
+
+def _earlier(before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> dict[Trial, Row]:
+    """Trainings that need not be repeated."""
+    if before is None:
+        return {}
+    found, asked = before.get("settings", {}), json.loads(json.dumps(settings))
+    changed = [key for key in ("recipe", "validation") if found.get(key) != asked[key]]
+    for name in set(found.get("variants", {})) & set(asked["variants"]):
+        if found["variants"][name] != asked["variants"][name]:
+            changed.append(f"variant {name}")
+    if changed:
+        raise RecipeError(
+            f"--json: the file holds trainings of another {' and '.join(changed)}, which cannot "
+            "stand in one table with these. Name another file."
+        )
+    rows = [*before.get("rows", []), *before.get("trials", [])]
+    log.info("%d trainings are done already", len(rows))
+    keys = Trial._fields
+    return {Trial(*(row[key] for key in keys)): dict(row) for row in rows if "error" not in row}
+
+
+def _say(row: Row, done: int) -> None:
+    what = f"{row['method']}, {row['stages']} stages, seed {row['seed']}, lr {row['learning_rate']}"
+    found = row.get("error") or (
+        f"validation {row['validation_accuracy']:.4f}, test {row['test_accuracy']:.4f}, "
+        f"{row['samples_per_s']:.0f} samples/s"
+    )
+    log.info("%s  %d: %s: %s", time.strftime("%H:%M:%S"), done, what, found)

@@ -1,0 +1,98 @@
+"""One training of ``scpl-ds bench quality``: the engine, no folder, scored at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from scpl_ds.data.text import TokenizedDataset
+from scpl_ds.errors import DataError
+from scpl_ds.evaluation import evaluate
+from scpl_ds.recipe import Recipe
+from scpl_ds.setup import (
+    Data,
+    cut_model,
+    load_data,
+    make_engine,
+    make_eval_loader,
+    make_loaders,
+    start_world,
+)
+
+_SPLIT_SEED = 0
+"""The validation samples are the same for all methods and seeds."""
+
+
+def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
+    """Train a recipe on this process alone and score it once, at its end.
+
+    Args:
+        recipe: With an evaluation split, which is the test set.
+        validation: Share of the training data that is held out.
+
+    Returns:
+        ``validation_accuracy``, ``test_accuracy`` (in [0, 1]), ``samples_per_s`` and ``seconds`` of
+        the training steps, ``steps``, and ``exit_accuracies`` (test accuracy after each layer with
+        a local head that classifies).
+
+    Raises:
+        DataError: There is no evaluation split, or nothing is left to train on.
+    """
+    mesh, device = start_world(recipe)
+    data = load_data(recipe, mesh)
+    if not (isinstance(data.train, TokenizedDataset) and isinstance(data.eval, TokenizedDataset)):
+        raise DataError(
+            f"data: '{recipe.data.name}' has no evaluation split, which is the test set here. Give "
+            "one, for example data.eval_file=test.csv."
+        )
+    learned, held_out = _split(data, validation)
+    model = cut_model(recipe, data.facts)
+    train, validate = make_loaders(recipe, learned, mesh, device)
+    test = make_eval_loader(recipe, data, mesh)
+    assert validate is not None and test is not None
+    per_epoch = train.num_micro_batches_per_epoch // recipe.deepspeed.batch(1).accumulation
+    steps = recipe.train.max_steps
+    if steps <= 0:
+        steps = max(1, round(per_epoch * recipe.train.num_train_epochs))
+    engine = make_engine(recipe, model, mesh, device, total_steps=steps)
+    batches = iter(train)
+    began = time.monotonic()
+    for _ in range(steps):
+        engine.train_batch(batches)
+    engine.drain()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.monotonic() - began
+    found = evaluate(engine, validate).metrics()
+    tested = evaluate(engine, test)
+    return {
+        "validation_accuracy": found["val/accuracy"],
+        "test_accuracy": tested.correct / tested.total,
+        "samples_per_s": engine.samples_seen / seconds,
+        "seconds": seconds,
+        "steps": steps,
+        "exit_accuracies": {
+            str(layer): right / tested.total for layer, right in sorted(tested.exits.items())
+        },
+        "validation_samples": held_out,
+    }
+
+
+def _split(data: Data, validation: float) -> tuple[Data, int]:
+    """The training data without the held-out ones, which are evaluated; and how many those are."""
+    assert isinstance(data.train, TokenizedDataset)
+    order = torch.randperm(
+        len(data.train), generator=torch.Generator().manual_seed(_SPLIT_SEED)
+    ).tolist()
+    count = max(1, round(len(order) * validation))
+    if count >= len(order):
+        raise DataError(f"{len(order)} training samples leave none beside {count} for validation.")
+    held_out, kept = sorted(order[:count]), sorted(order[count:])
+    facts = dataclasses.replace(data.facts, num_train=len(kept), num_eval=count)
+    train: Any = Subset(data.train, kept)
+    evaluated: Any = Subset(data.train, held_out)
+    return Data(facts, data.tokenizer, train, evaluated), count

@@ -1,0 +1,80 @@
+"""What is settled, or refused, while an engine is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from scpl_ds.ds_config import DeepSpeedSection
+from scpl_ds.engine_backprop import Backprop
+from scpl_ds.errors import RecipeError
+from scpl_ds.optim import lr_schedule, needs_total_steps
+from scpl_ds.partition.plan import PartitionPlan
+from scpl_ds.recipe import ScplSection, TrainSection
+
+
+def backprop_of(
+    scpl: ScplSection, section: DeepSpeedSection, total_steps: int | None
+) -> Backprop | None:
+    """Which steps go end to end.
+
+    Raises:
+        RecipeError: The length of the run is not known, or the precision needs a loss scale.
+    """
+    if scpl.method == "scpl" and not scpl.polish:
+        return None
+    if section.precision == "fp16" or section.autocast == "fp16":
+        raise RecipeError(
+            "scpl.method: backpropagation over stages scales no loss, so it does not train in "
+            "fp16. Use bf16 or fp32."
+        )
+    if scpl.method == "scpl" and total_steps is None:
+        raise RecipeError(
+            "scpl.polish: the last part of the steps is to go end to end, but initialize() does "
+            "not know how many there will be. Use a recipe, or scpl.method: bp."
+        )
+    first = 0 if scpl.method != "scpl" else round((total_steps or 0) * (1 - scpl.polish))
+    return Backprop(first, scpl.backprop_schedule, joint=scpl.method == "joint")
+
+
+def constant_or_scheduled(section: DeepSpeedSection) -> Callable[[int], float]:
+    """The config's scheduler, or a constant learning rate, as ``deepspeed.initialize`` has it.
+
+    Raises:
+        RecipeError: The scheduler ends with the run, whose length is not written: nobody says here
+            how many steps will be asked for.
+    """
+    spec = section.scheduler
+    if spec is not None and needs_total_steps(spec):
+        raise RecipeError(
+            f"deepspeed.scheduler.params.total_num_steps: {spec.type} ends with the "
+            "run, and 'auto' or nothing does not say when that is (a recipe knows). Write the "
+            "number of optimizer steps, or pass lr_scheduler= to initialize()."
+        )
+    factor = lr_schedule(section, TrainSection(lr_scheduler_type="constant"), total_steps=1)
+    return lambda step: section.lr * factor(step)
+
+
+def refuse_half(module: Any, weights: torch.dtype | None) -> None:
+    """Refuse weights in half precision where the run keeps them in fp32."""
+    if weights is None:
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() < weights.itemsize:
+            raise RecipeError(
+                f"the model is in {parameter.dtype} ('{name}'), but this run keeps its weights in "
+                f"{weights}: training would lose what it no longer has room for. Load it with "
+                f"from_pretrained(..., dtype={weights}), or call model.float()."
+            )
+
+
+def nothing_to_train(plan: PartitionPlan, k: int) -> str:
+    start, end = plan.span(k)
+    layers = f"layer {start}" if end - start == 1 else f"layers {start} to {end - 1}"
+    return (
+        f"stage {k} ({layers}) has nothing to train: its layers are frozen or have no parameters, "
+        "and it has no local head with weights. Unfreeze some of them, move the cut "
+        "(scpl.partition), or use fewer stages (scpl.stages)."
+    )

@@ -1,0 +1,105 @@
+"""Several objectives for one stage, each with its weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from scpl_ds.objectives._base import (
+    Answer,
+    GatherRows,
+    Objective,
+    ObjectiveOptions,
+    ObjectiveOutput,
+    StageView,
+)
+from scpl_ds.recipe_scpl import PartChoice
+
+
+class WeightedSumOptions(ObjectiveOptions):
+    """Options of ``scpl.objective: {name: sum, parts: [...]}``, in short a list of objectives."""
+
+    parts: tuple[PartChoice, ...] = Field(min_length=1)
+    """Objectives, each ``{name: ..., weight: 1.0, <its options>}``."""
+
+
+class WeightedSum(Objective):
+    """The weighted sum of other objectives' losses.
+
+    Metrics are theirs, and ``<name>_loss`` of each. The first one that can classify answers.
+    """
+
+    Options: ClassVar[type[BaseModel]] = WeightedSumOptions
+
+    def __init__(
+        self, options: WeightedSumOptions, *, hidden_size: int | None, num_labels: int | None
+    ) -> None:
+        super().__init__(options, hidden_size=hidden_size, num_labels=num_labels)
+        sizes = {"hidden_size": hidden_size, "num_labels": num_labels}
+        self.parts = nn.ModuleList([choice.create(**sizes) for choice in options.parts])
+        self._names = [choice.name for choice in options.parts]
+        self._weights = [choice.weight for choice in options.parts]
+
+    @property
+    def _each(self) -> list[Objective]:
+        return [part for part in self.parts if isinstance(part, Objective)]
+
+    @classmethod
+    def trains_last_stage(cls, options: BaseModel) -> bool:
+        parts = options.parts if isinstance(options, WeightedSumOptions) else ()
+        return any(part.trains_last_stage() for part in parts)
+
+    def attach(self, body: nn.Module) -> None:
+        for part in self._each:
+            part.attach(body)
+
+    def see_all_ranks(self, gather: GatherRows | None) -> None:
+        super().see_all_ranks(gather)
+        for part in self._each:
+            part.see_all_ranks(gather)
+
+    def forward(
+        self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor
+    ) -> ObjectiveOutput:
+        inputs = {"labels": labels}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        return self.learn(StageView(hidden_states, None, inputs, {}))
+
+    def learn(self, view: StageView) -> ObjectiveOutput:
+        loss: Tensor | None = None
+        metrics: dict[str, Tensor] = {}
+        extras: dict[str, Tensor] = {}
+        for name, weight, part in zip(self._names, self._weights, self._each, strict=True):
+            output = part.learn(view)
+            term = weight * output.loss
+            loss = term if loss is None else loss + term
+            metrics |= output.metrics | {f"{name}_loss": output.loss.detach()}
+            extras |= output.extras
+        assert loss is not None, "Options asks for one part at least"
+        return ObjectiveOutput(loss, metrics, extras)
+
+    def answer(self, view: StageView) -> Answer:
+        logits, extras = None, {}
+        for part in self._each:
+            answer = part.answer(view)
+            logits = answer.logits if logits is None else logits
+            extras |= answer.extras
+        return Answer(logits, extras)
+
+    def commit_step(self) -> None:
+        for part in self._each:
+            part.commit_step()
+
+    def discard_step(self) -> None:
+        for part in self._each:
+            part.discard_step()
+
+    def forget(self) -> None:
+        for part in self._each:
+            part.forget()
+
+    def flops(self, batch: int, sequence: int) -> int:
+        return sum(part.flops(batch, sequence) for part in self._each)

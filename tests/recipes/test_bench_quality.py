@@ -1,0 +1,126 @@
+"""``scpl-ds bench quality``: the grid, what is selected, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scpl_ds.bench import quality
+from scpl_ds.bench.quality_table import render, selected
+from scpl_ds.cli import main
+from scpl_ds.errors import RecipeError
+from scpl_ds.recipe import recipe_from_mapping
+from tests.support import tiny
+
+pytestmark = pytest.mark.forks
+
+METHODS = ("bp", "early_exit", "freeze")
+
+
+def recipe(folder: Path) -> Any:
+    return recipe_from_mapping(tiny.make(folder))
+
+
+def test_every_method_has_a_selected_row_for_each_number_of_stages_and_seed(tmp_path: Path):
+    seen: list[int] = []
+    figures = quality.run(
+        recipe(tmp_path),
+        methods=METHODS,
+        stages=(4,),
+        seeds=2,
+        learning_rates=(1e-6, 3e-3),
+        validation=0.25,
+        jobs=2,
+        on_figures=lambda found: seen.append(len(found["rows"]) + len(found["trials"])),
+    )
+    cells = {(row["method"], row["stages"], row["seed"]) for row in figures["rows"]}
+    wanted = {("bp", 1)} | {(m, 4) for m in METHODS[1:]}
+    assert cells == {(m, k, 42 + s) for m, k in wanted for s in range(2)}
+    assert len(figures["rows"]) == len(cells)
+    for row in figures["rows"]:
+        assert 0 <= row["validation_accuracy"] <= 1 and 0 <= row["test_accuracy"] <= 1
+        assert row["samples_per_s"] > 0 and row["validation_samples"] == 16
+    # Two rates were tried with the first seed only.
+    assert len(figures["trials"]) == len(wanted)
+    assert seen == list(range(1, len(cells) + len(wanted) + 1))
+    early = [row for row in figures["rows"] if row["method"] == "early_exit"]
+    assert set(early[0]["exit_accuracies"]) == {"0", "1", "2"}
+    table = render(figures["rows"])
+    assert "| bp | 1 |" in table and "+" in table
+
+    def must_not_run(*_: Any, **__: Any) -> Any:
+        raise AssertionError("everything is done already")
+
+    before = json.loads(json.dumps(figures))
+    again = quality.run(
+        recipe(tmp_path), methods=METHODS, stages=(4,), seeds=2, learning_rates=(1e-6, 3e-3),
+        validation=0.25, before=before, on_figures=must_not_run,
+    )  # fmt: skip
+    assert again["rows"] == figures["rows"]
+
+
+def test_the_same_seed_gives_the_same_figures_alone_and_beside_others(tmp_path: Path):
+    asked: dict[str, Any] = {"stages": (2,), "seeds": 1}
+    both = quality.run(recipe(tmp_path), methods=("default", "freeze"), jobs=2, **asked)
+    alone = quality.run(recipe(tmp_path), methods=("freeze",), jobs=1, **asked)
+    found = [row for row in both["rows"] if row["method"] == "freeze"]
+    for key in ("validation_accuracy", "test_accuracy"):
+        assert found[0][key] == alone["rows"][0][key]
+
+
+def test_figures_of_other_settings_are_refused(tmp_path: Path):
+    mapping = tiny.make(tmp_path)
+    first = quality.run(recipe_from_mapping(mapping), methods=("bp",), stages=(2,), seeds=1)
+    mapping["train"]["num_train_epochs"] = 2
+    with pytest.raises(RecipeError, match="another recipe"):
+        quality.run(
+            recipe_from_mapping(mapping), methods=("bp",), stages=(2,), seeds=1, before=first
+        )
+
+
+def test_a_method_that_fails_is_a_trial_with_its_error(tmp_path: Path):
+    figures = quality.run(recipe(tmp_path), methods=("supcon", "bp"), stages=(9,), seeds=1)
+    assert [row["method"] for row in figures["rows"]] == ["bp"]
+    (failed,) = figures["trials"]
+    assert failed["stages"] == 9 and "PartitionError" in failed["error"]
+
+
+def test_an_unknown_method_is_refused_before_anything_is_trained(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"unknown method 'bpp'; did you mean 'bp'\?"):
+        quality.run(recipe(tmp_path), methods=("bpp",), stages=(2,), seeds=1)
+
+
+def test_the_command_reads_variants_and_goes_on_with_its_own_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    mapping = tiny.make(tmp_path)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(mapping))
+    variants = {"sharp": {"objective": {"name": "supcon", "temperature": 0.05}}}
+    (tmp_path / "v.yaml").write_text(yaml.safe_dump(variants))
+    out = tmp_path / "q.json"
+    words = [
+        "bench", "quality", str(tmp_path / "r.yaml"), "train.num_train_epochs=0.5", "--methods",
+        "bp,sharp", "--seeds", "1", "--variants", str(tmp_path / "v.yaml"), "--json", str(out),
+    ]  # fmt: skip
+    assert main(words) == 0
+    first = json.loads(out.read_text())
+    assert {row["method"] for row in first["rows"]} == {"bp", "sharp"}
+    assert "| sharp | 2 |" in capsys.readouterr().out
+    assert main(words) == 0
+    assert json.loads(out.read_text())["rows"] == first["rows"]
+
+
+def test_the_learning_rate_is_selected_by_validation_and_never_by_test():
+    def row(rate: float, seed: int, validation: float, test: float) -> dict[str, Any]:
+        return {
+            "method": "a", "stages": 2, "seed": seed, "learning_rate": rate,
+            "validation_accuracy": validation, "test_accuracy": test,
+        }  # fmt: skip
+
+    tried = [row(1, 0, 0.8, 0.9), row(2, 0, 0.9, 0.7), row(2, 1, 0.5, 0.5)]
+    chosen, others = selected(tried)
+    assert chosen == [tried[1], tried[2]] and others == [tried[0]]
