@@ -316,10 +316,10 @@ def build_engine(
         make = functools.partial(_make_objective, objective, scpl.objective.options, num_labels)
         frozen = k < scpl.freeze_stages
         ahead = None
-        if scpl.lookahead and scpl.has_objective(k) and not body.is_last:
+        if (reach := scpl.reach(k, body.end, plan.bounds[-1])) > body.end:
             if make_span is None:
                 raise RecipeError("scpl.lookahead: needs a recipe, which knows where layers lie.")
-            ahead = make_span(body.end, min(body.end + scpl.lookahead, plan.bounds[-1]))
+            ahead = make_span(body.end, reach)
         return build_stage(
             k,
             body,

@@ -193,7 +193,7 @@ def _plan(args: argparse.Namespace) -> int:
     needs = describe(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size, memory=args.memory)
     grid = f"{ranks} ranks = {pipeline_ranks} pipeline x {dp_size} data-parallel"
     table += "" if args.ranks else f"\nplanned for {grid}; another number: --ranks N"
-    sys.stdout.write(f"{table}\n\n{needs}\n\nschedule '{recipe.scpl.schedule}'\n{drawing}\n")
+    sys.stdout.write(f"{table}\n\n{needs}\n\nschedule '{recipe.scpl.order}'\n{drawing}\n")
     return 0
 
 

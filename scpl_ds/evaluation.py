@@ -22,6 +22,7 @@ from scpl_ds.early_exit import EarlyExitModel, Point, curve
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.export import MODEL_FILES, export_checkpoint
+from scpl_ds.objectives._probe import Probe
 from scpl_ds.recipe import Recipe
 from scpl_ds.setup import (
     Data,
@@ -97,6 +98,28 @@ def evaluate(engine: Engine, loader: BatchLoader, *, logits: list[Tensor] | None
     for part in gather_objects(engine.mesh, own):
         whole.join(part)
     return whole
+
+
+def diagnose(engine: Engine, loader: BatchLoader) -> tuple[Score, dict[str, float]]:
+    """:func:`evaluate`, and what the features of every stage are worth
+    (``stage{k}/nearest_class_accuracy`` and so on, ``objectives._probe.Probe``), mean over
+    data-parallel ranks."""
+    for stage in engine.stages:
+        stage.probe = Probe()
+    score = evaluate(engine, loader)
+    own = {
+        f"stage{stage.index}/{name}": value
+        for stage in engine.stages
+        if stage.probe is not None
+        for name, value in stage.probe.describe().items()
+    }
+    for stage in engine.stages:
+        stage.probe = None
+    parts = gather_objects(engine.mesh, own)
+    found: dict[str, list[float]] = {}
+    for name, value in ((n, v) for part in parts for n, v in part.items()):
+        found.setdefault(name, []).append(value)
+    return score, {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _count(score: Score, output: Evaluated, logits: list[Tensor] | None) -> None:

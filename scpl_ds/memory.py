@@ -187,7 +187,7 @@ class Prediction:
             micro_batch=w.section.micro_batch_size,
             sequence_length=w.sequence_length,
         )
-        hidden = None
+        hidden, extras = None, {}
         for k in range(w.plan.num_stages):
             start, end = w.plan.span(k)
             layers = slice(start, end)
@@ -198,11 +198,13 @@ class Prediction:
                 w.anatomy.layer_flops[layers],
                 w.scpl.has_objective(k),
                 k < w.scpl.freeze_stages,
+                w.scpl.reach(k, end, w.anatomy.num_layers) - end,
             )
             if kind not in seen:
                 try:
-                    stage = self._stage(k, make_stage(start, end), dtype)
-                    seen[kind] = _watch(stage, inputs, hidden, autocast, w.device_type)
+                    stage = self._stage(k, make_stage, start, end, dtype)
+                    given = (inputs, hidden, extras)
+                    seen[kind] = _watch(stage, given, autocast, w.device_type)
                 except ScplError:
                     raise
                 except Exception as error:
@@ -211,18 +213,25 @@ class Prediction:
                         f"the memory of stage {k} cannot be predicted: it does not run without its "
                         f"weights ({reason}). Training may still work."
                     ) from error
-            size, hidden = seen[kind]
+            size, hidden, extras = seen[kind]
             sizes.append(size)
         return sizes, 0 if hidden is None else hidden.nbytes
 
-    def _stage(self, k: int, body: Any, dtype: torch.dtype) -> LocalStage:
+    def _stage(
+        self, k: int, make_stage: MakeStage, start: int, end: int, dtype: torch.dtype
+    ) -> LocalStage:
         w, objective = self.workload, None
+        body: Any = make_stage(start, end)
+        reach = w.scpl.reach(k, end, w.anatomy.num_layers)
+        ahead: Any = make_stage(end, reach) if reach > end else None
         frozen = k < w.scpl.freeze_stages
         if w.scpl.has_objective(k):
             objective = w.scpl.objective.create(
                 hidden_size=body.hidden_size, num_labels=w.config.num_labels
             )
-        stage = LocalStage(as_body(body), objective, detach_features=w.scpl.detach_features)
+        stage = LocalStage(
+            as_body(body), objective, detach_features=w.scpl.detach_features, ahead=ahead
+        )
         if objective is not None:
             for parameter in objective.parameters():  # buffers keep their type: queues are fp32
                 parameter.data = parameter.data.to(dtype)
@@ -317,24 +326,26 @@ def footprint(sharding: str, size: StageSize, setting: Setting) -> Layout:
 
 def _watch(
     stage: LocalStage,
-    inputs: dict[str, torch.Tensor],
-    hidden: torch.Tensor | None,
+    given: tuple[dict[str, torch.Tensor], torch.Tensor | None, dict[str, torch.Tensor]],
     autocast: torch.dtype | None,
     device_type: str,
-) -> tuple[StageSize, torch.Tensor]:
+) -> tuple[StageSize, torch.Tensor, dict[str, torch.Tensor]]:
+    """What a stage needs for one micro-batch (inputs, hidden states, extras), and what it gives."""
+    inputs, hidden, extras = given
     parameters = list(stage.parameters())
     buffers = list(stage.buffers())
-    known = [*parameters, *buffers, *inputs.values(), *([] if hidden is None else [hidden])]
+    known = [*parameters, *buffers, *inputs.values(), *extras.values()]
+    known += [] if hidden is None else [hidden]
     fused = FusedAttention() if device_type != "cpu" else contextlib.nullcontext()
     half = torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext()
     tracker = LiveBytes(known)
     hooks = tracker.watch(stage)
     with tracker, fused:
         with half:
-            output = stage(inputs, hidden)
+            output = stage(inputs, hidden, extras)
         if (loss := output["loss"]) is not None:
             loss.backward()
-        sent = output["hidden_states"]
+        sent, more = output["hidden_states"], output["extras"]
         del output
     for hook in hooks:
         hook.remove()
@@ -344,7 +355,7 @@ def _watch(
     blocks = [_numbers(block) for block in body.blocks]
     objective: Objective | None = stage.objective
     total = _numbers(stage)
-    return StageSize(
+    size = StageSize(
         parameters=total,
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         head=0 if objective is None else _numbers(objective),
@@ -354,7 +365,8 @@ def _watch(
         itemsize=max(p.element_size() for p in parameters),
         buffers=sum(b.nbytes for b in buffers),
         moments=tuple(tracker.moments),
-    ), sent
+    )
+    return size, sent, more
 
 
 def _numbers(module: nn.Module) -> int:

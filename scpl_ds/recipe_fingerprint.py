@@ -50,6 +50,7 @@ _NOT_IN_FINGERPRINT = {
         "disable_tqdm",
         "profile",
         "profile_steps",
+        "diagnostics",
         "export",
         "export_dir",
         "per_device_eval_batch_size",

@@ -252,9 +252,20 @@ class ScplSection(Section):
         return self.method == "scpl" and self.objective.trains_last_stage()
 
     @property
+    def order(self) -> str:
+        """The schedule that is run; ``method`` has its own where nothing is said."""
+        return self.schedule if self.method == "scpl" else self.backprop_schedule
+
+    @property
     def backprop_schedule(self) -> str:
         """The order of work where gradients cross stages."""
         return self.schedule if self.schedule in BACKPROP_SCHEDULES else "1f1b"
+
+    def reach(self, stage: int, end: int, num_layers: int) -> int:
+        """One past the last layer that a stage's local loss looks through; ``end``, one past its
+        own last, without ``lookahead``."""
+        looks = self.lookahead if self.has_objective(stage) else 0
+        return min(end + looks, num_layers)
 
     def has_objective(self, stage: int) -> bool:
         """Whether a stage of such an index has a local objective."""

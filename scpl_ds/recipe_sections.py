@@ -159,6 +159,9 @@ class TrainSection(Section):
     """Write a trace and a picture of who did what when into ``profile/`` in the run folder."""
     profile_steps: tuple[Count, Count] = (3, 22)
     """Of which steps of this run (first, last; the step it begins with is 1)."""
+    diagnostics: bool = False
+    """Every evaluation also says what the features of each stage are worth: nearest-class accuracy,
+    rank, alignment, uniformity."""
     export: bool = True
     """Write the trained model as an ordinary Hugging Face folder at the end."""
     export_dir: HomePath | None = None

@@ -281,8 +281,7 @@ def _anatomy(recipe: Recipe, facts: Facts | None) -> tuple[Any, Anatomy]:
 def draw_schedule(recipe: Recipe, num_stages: int, num_micro_batches: int) -> str:
     """The timeline of one step under the recipe's schedule, one rank a stage."""
     scpl = recipe.scpl
-    backprop = scpl.method != "scpl"
-    name = scpl.backprop_schedule if backprop else scpl.schedule
+    backprop, name = scpl.method != "scpl", scpl.order
     schedule = registry.resolve("schedule", name, where="scpl.schedule")
     num_micro_batches = 1 if name == "naive" else num_micro_batches
     try:

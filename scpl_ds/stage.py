@@ -20,6 +20,7 @@ from scpl_ds.distributed.rows import row_gatherer
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import DataError
 from scpl_ds.objectives._base import Objective, StageView
+from scpl_ds.objectives._probe import Probe
 from scpl_ds.objectives._targets import task_loss
 from scpl_ds.optim import OptimizerState
 from scpl_ds.partition.stage_module import StageOutput
@@ -187,6 +188,8 @@ class Stage:
         """Means over the micro-batches of the last finished step, 0-dim, on the stage's device."""
         self.logits: Tensor | None = None
         """Of the last ``evaluate``; on the last stage only."""
+        self.probe: Probe | None = None
+        """Given, it sees what every ``evaluate`` computes."""
 
     def forward(self, batch: MicroBatch) -> MicroBatch:
         """Train-mode forward; keeps the local loss for ``backward``, returns what the next stage
@@ -219,6 +222,9 @@ class Stage:
         finally:
             self.module.train()
         self.logits = output["logits"]
+        if self.probe is not None and batch.labels is not None:
+            mask = batch.inputs.get("attention_mask")
+            self.probe.add(output["hidden_states"], mask, batch.labels)
         return batch.with_hidden_states(output["hidden_states"], output["extras"]), output["loss"]
 
     def backward(self, *, last: bool) -> None:

@@ -17,7 +17,7 @@ from scpl_ds.distributed.collectives import barrier, broadcast_object
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
-from scpl_ds.evaluation import evaluate, score_model
+from scpl_ds.evaluation import diagnose, evaluate, score_model
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
@@ -189,7 +189,7 @@ class Run:
         shown = min(sizes.accumulation, 4)
         drawing = draw_schedule(self.recipe, self.engine.num_stages, max(2, shown))
         log.info("%s\n", self._plan_text())
-        log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.schedule, drawing)
+        log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.order, drawing)
         log.info(
             "global batch %d = micro-batch %d x %d micro-batches x %d dp; %d training and %d "
             "evaluation samples; %d steps (%.2f epochs); clip %g per stage; run folder %s",
@@ -291,9 +291,14 @@ class Run:
     def _evaluate(self, step: int) -> None:
         assert self.eval_loader is not None
         self.engine.drain()
-        self.last_eval = evaluate(self.engine, self.eval_loader).metrics()
+        more: dict[str, float] = {}
+        if self.recipe.train.diagnostics:
+            score, more = diagnose(self.engine, self.eval_loader)
+        else:
+            score = evaluate(self.engine, self.eval_loader)
+        self.last_eval = score.metrics()
         self.report.show()  # all up to this step has been posted: keep the step axis monotonic
-        self.trackers.log(self.last_eval, step)
+        self.trackers.log({**self.last_eval, **more}, step)
 
     def _save(self, step: int) -> None:
         train = self.recipe.train

@@ -198,3 +198,48 @@ def test_associated_learning_learns_what_its_codes_say(tmp_path: Path):
         accuracies.append(json.loads((folder / "found.json").read_text())["stage_eval_accuracy"])
     assert accuracies[0] == accuracies[1]
     assert accuracies[0] > 0.8
+
+
+def test_an_evaluation_with_diagnostics_says_what_each_stages_features_are_worth(tmp_path: Path):
+    """On two ranks as on one, and nothing else changes."""
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        mapping = tiny.make(folder)
+        mapping["train"] |= {"diagnostics": True}
+        run_ranks(ranks, lambda mapping=mapping: fit(recipe_from_mapping(mapping)) and None)
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found.append(next(row for row in reversed(rows) if "val/accuracy" in row))
+    for stage in range(2):
+        for name in ("nearest_class_accuracy", "feature_rank", "alignment", "uniformity"):
+            key = f"stage{stage}/{name}"
+            assert found[0][key] == pytest.approx(found[1][key], rel=1e-4), key
+
+
+def test_a_local_loss_may_look_through_copies_of_the_next_layers(tmp_path: Path):
+    """The same to the bit on two ranks; the copies are trained, saved and not exported."""
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        mapping = tiny.make(folder)
+        mapping["scpl"] |= {"lookahead": 1}
+        run_ranks(ranks, lambda mapping=mapping: fit(recipe_from_mapping(mapping)) and None)
+    first, second = (load_all(tmp_path / str(r) / "run" / "export") for r in (1, 2))
+    assert not any("ahead" in name for name in first)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=0, msg=name)
+    last = tmp_path / "1" / "run" / "checkpoint-8"
+    saved = load_file(last / "stage-0.safetensors")
+    ahead = {name: t for name, t in saved.items() if ".ahead." in name}
+    assert any("encoder.layer.2." in name for name in ahead)
+    untrained = load_file(tmp_path / "1" / "model" / "model.safetensors")
+    moved = [
+        name
+        for name, tensor in ahead.items()
+        if "encoder." in name
+        and not torch.equal(tensor, untrained["encoder." + name.partition("encoder.")[2]])
+    ]
+    assert moved
+    assert not (tmp_path / "1" / "run" / "export" / "scpl_heads.json").exists()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scpl_ds.errors import RecipeError
 from scpl_ds.objectives._base import Answer, Objective, StageView
+from scpl_ds.objectives._probe import Probe
 from scpl_ds.objectives._targets import cosines, similarity_loss, task_loss
 from scpl_ds.objectives.deinforeg import deinforeg_terms
 from scpl_ds.partition.stage_module import StageOutput
@@ -317,3 +318,30 @@ def test_a_sum_tells_its_parts_when_a_step_is_done_or_dropped():
     assert (queue.labels != -100).all()
     whole.forget()
     assert (queue.labels == -100).all()
+
+
+def test_a_probe_finds_classes_that_lie_apart_and_rank_one_features():
+    labels = torch.arange(40) % 2
+    apart, flat = Probe(), Probe()
+    noise = torch.randn(40, T, D, generator=torch.Generator().manual_seed(1))
+    centre = torch.zeros(40, 1, D)
+    centre[:, 0, 0] = 20.0 * labels - 10
+    apart.add(noise * 0.1 + centre, None, labels)
+    line = torch.linspace(-1, 1, 40)[:, None, None].expand(40, T, D)
+    flat.add(line, None, labels)
+    found = apart.describe()
+    assert found["nearest_class_accuracy"] == 1.0
+    assert found["alignment"] < 0.01 and found["uniformity"] < 0
+    assert flat.describe()["feature_rank"] == pytest.approx(1.0, abs=1e-3)
+    isotropic = Probe()
+    isotropic.add(torch.randn(2000, D), None, torch.zeros(2000, dtype=torch.int64))
+    assert isotropic.describe()["feature_rank"] > 0.95 * D
+
+
+def test_a_probe_leaves_out_rows_without_a_class_and_says_nothing_of_too_few():
+    probe = Probe()
+    probe.add(torch.randn(3, D), None, torch.tensor([0, -100, 1]))
+    assert probe.describe() == {}
+    probe.add(torch.randn(3000, D), None, torch.arange(3000) % 3)
+    probe.add(torch.randn(10, D), None, torch.arange(10) % 3)
+    assert sum(len(rows) for rows in probe._rows) == 2048
