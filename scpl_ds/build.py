@@ -286,13 +286,13 @@ def build_engine(
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
     make_channel: Callable[..., BoundaryChannel] = BoundaryChannel,
     total_steps: int | None = None,
-    make_span: Callable[[int, int], StageBody] | None = None,
+    make_span: Callable[[int, int, int], StageBody] | None = None,
 ) -> Engine:
     """An engine over this rank's stages of ``plan``; ``make_body`` is called for those only.
 
     ``make_channel`` takes what ``BoundaryChannel`` takes; ``total_steps`` says where
     ``scpl.polish`` begins; ``make_span`` makes layers ``[start, end)`` as they were before
-    training, for ``scpl.lookahead``.
+    training for stage k, for ``scpl.lookahead``.
     """
     section = section.at(mesh.dp_size)
     backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
@@ -319,7 +319,7 @@ def build_engine(
         if (reach := scpl.reach(k, body.end, plan.bounds[-1])) > body.end:
             if make_span is None:
                 raise RecipeError("scpl.lookahead: needs a recipe, which knows where layers lie.")
-            ahead = make_span(body.end, reach)
+            ahead = make_span(body.end, reach, k)
         return build_stage(
             k,
             body,

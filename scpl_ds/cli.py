@@ -285,6 +285,8 @@ def _choose_accelerator() -> None:
     """
     import torch
 
+    # Otherwise asking would make CUDA unusable in forks, which benchmarks train in.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

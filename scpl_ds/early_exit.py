@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -50,11 +50,17 @@ class EarlyExitModel(nn.Module):
     """
 
     def __init__(
-        self, stages: Sequence[StageModule], heads: Sequence[Objective], num_layers: int
+        self, stages: Sequence[StageModule], heads: Mapping[int, Objective], num_layers: int
     ) -> None:
+        """
+        Args:
+            stages: Of the whole model, in order.
+            heads: Number of the stage -> its local objective; frozen stages have none.
+            num_layers: Of the whole model.
+        """
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleDict({str(k): head for k, head in heads.items()})
         self.num_layers = num_layers
         self.eval()
 
@@ -81,19 +87,21 @@ class EarlyExitModel(nn.Module):
         spans = list(zip(facts["bounds"], facts["bounds"][1:], strict=False))
         stages = [stage_from_model(model, anatomy, *span) for span in spans]
         saved = load_file(folder / HEADS_FILE)
-        heads: list[Objective] = []
-        for stage in stages[:-1]:
+        heads: dict[int, Objective] = {}
+        for number, stage in enumerate(stages):
+            own = f"layer_{stage.end - 1}."
+            state = {k.removeprefix(own): v for k, v in saved.items() if k.startswith(own)}
+            if not state:
+                continue
             sizes = {"hidden_size": stage.hidden_size, "num_labels": model.config.num_labels}
             head: Objective = choice.create(**sizes)
             head.attach(stage)
-            own = f"layer_{stage.end - 1}."
-            state = {k.removeprefix(own): v for k, v in saved.items() if k.startswith(own)}
             head.load_state_dict(state)
-            heads.append(head.eval())
+            heads[number] = head.eval()
         return cls(stages, heads, anatomy.num_layers)._checked(choice.name)
 
     def _checked(self, name: str) -> Self:
-        if not self.heads or all(type(h).answer is Objective.answer for h in self.heads):
+        if not any(type(h).answer is not Objective.answer for h in self.heads.values()):
             raise RecipeError(
                 f"scpl.objective: heads of '{name}' cannot classify, so no sample can leave early. "
                 "Train with early_exit, dascpl, deinforeg, predsim or associated, or a list with "
@@ -122,11 +130,13 @@ class EarlyExitModel(nn.Module):
         layers = torch.full((len(rows),), self.num_layers)
         last = torch.full((len(rows),), -1)
         agreed = torch.zeros(len(rows), dtype=torch.int64)
-        for stage, head in zip(self.stages, [*self.heads, None], strict=True):
+        heads = dict(self.heads.items())
+        for number, stage in enumerate(self.stages):
             output = stage(inputs, hidden)
             before, hidden = hidden, output.hidden_states
-            answer = output.logits
-            if head is not None:
+            answer, is_last = output.logits, number == len(self.stages) - 1
+            head = heads.get(str(number))
+            if isinstance(head, Objective) and (not is_last or head.replaces_head):
                 given = head.answer(StageView(hidden, before, inputs, extras))
                 answer, extras = given.logits, {**extras, **given.extras}
             if answer is None:
@@ -134,7 +144,7 @@ class EarlyExitModel(nn.Module):
             answer = answer.float().cpu()
             logits = answer.new_zeros(len(layers), answer.shape[1]) if logits is None else logits
             logits[rows] = answer
-            if head is None:
+            if is_last:
                 break
             found = answer.argmax(1)
             agreed[rows] = torch.where(found == last[rows], agreed[rows] + 1, 0)
@@ -173,6 +183,7 @@ def curve(
     ways += [{"threshold": value} for value in thresholds]
     ways += [{"patience": value} for value in patiences]
     kept = list(batches)
+    model(**kept[0])  # what is slow only once is nobody's
     points: list[Point] = []
     for way in ways:
         correct = total = 0

@@ -18,7 +18,7 @@ from scpl_ds.distributed.p2p import BoundaryChannel, Expected
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_step import step_together, timed
 from scpl_ds.errors import DataError
-from scpl_ds.objectives._base import StageView
+from scpl_ds.objectives._base import IGNORED_LABEL, StageView
 from scpl_ds.sharding._torch import TorchBackend
 from scpl_ds.stage import Stage
 from scpl_ds.timeline import Kind, Timeline
@@ -172,7 +172,7 @@ class _Chain(nn.Module):
             metrics = {"head_loss": output.loss.detach(), "loss": output.loss.detach()}
         objective = stage.module.objective
         if self._joint and objective is not None:
-            local = objective.learn(StageView(leaving, None, inputs, {}))
+            local = objective.learn(StageView(leaving, hidden, inputs, {}))
             metrics |= {**local.metrics, "loss": local.loss.detach()}
             leaving = _AlsoLearn.apply(leaving, local.loss / self._micro_batches)
         stage.count(metrics)
@@ -212,7 +212,8 @@ def joined(batches: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str,
         tensors = [batch[name] for batch in batches]
         if tensors[0].ndim > 1 and len({tensor.shape[1] for tensor in tensors}) > 1:
             longest = max(tensor.shape[1] for tensor in tensors)
-            fill = pad_token_id if name == "input_ids" else 0
-            tensors = [F.pad(t, (0, longest - t.shape[1]), value=fill) for t in tensors]
+            fill = {"input_ids": pad_token_id, "labels": IGNORED_LABEL}.get(name, 0)
+            after = [0, 0] * (tensors[0].ndim - 2)  # the dimensions behind the positions stay
+            tensors = [F.pad(t, (*after, 0, longest - t.shape[1]), value=fill) for t in tensors]
         together[name] = torch.cat(tensors)
     return together

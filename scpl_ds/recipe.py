@@ -126,7 +126,9 @@ class Recipe(Section):
         Left out: how many ranks share the stages and how messages flow (the numbers are the same to
         the bit), trackers, folders, logging, evaluation and checkpoint frequency.
         """
-        return fingerprint_of(self.to_mapping(), self.deepspeed.filled)
+        mapping = self.to_mapping()
+        mapping["scpl"]["head"] = {"detach_features": self.scpl.detach_features}
+        return fingerprint_of(mapping, self.deepspeed.filled)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

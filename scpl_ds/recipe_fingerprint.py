@@ -74,7 +74,6 @@ def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> s
     for section, keys in _NOT_IN_FINGERPRINT.items():
         parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
     parts["scpl"]["objective"] = _as_computed(parts["scpl"]["objective"])
-    parts["scpl"]["head"] = {"detach_features": False} | parts["scpl"].get("head", {})
     for key, default in _ADDED.items():
         if parts["scpl"].get(key) == default:
             parts["scpl"].pop(key)

@@ -27,6 +27,10 @@ class ObjectiveChoice(Named):
         """Whether the last stage's layers learn from it too, if nothing else is asked for."""
         return self.resolve().trains_last_stage(self.options)
 
+    def looks_ahead(self) -> bool:
+        """Whether it means the same behind copies of the next layers."""
+        return self.resolve().looks_ahead(self.options)
+
 
 class PartChoice(ObjectiveChoice):
     """One objective of a sum."""
@@ -210,12 +214,27 @@ class ScplSection(Section):
                 )
             )
         problems += self._backprop_problems()
+        problems += self._objective_problems()
         if self.freeze_stages >= self.stages:
             message = f"{self.freeze_stages} leaves none of {self.stages} stages to train"
             problems.append(Problem("freeze_stages", message))
         if problems:
             raise nested(problems)
         return self
+
+    def _objective_problems(self) -> list[Problem]:
+        """What the objective cannot do. Codes of labels are made by the first stage, and scored in
+        the place of the task head."""
+        name, problems = self.objective.name, []
+        if self.lookahead and (self.method != "scpl" or not self.objective.looks_ahead()):
+            found = f"'{name}' is about the stage itself"
+            found = found if self.method == "scpl" else f"method: {self.method} has no need of it"
+            problems.append(Problem("lookahead", f"must be 0: {found}"))
+        if self.objective.trains_last_stage():
+            for key in ("freeze_stages", "polish"):
+                if getattr(self, key):
+                    problems.append(Problem(key, f"cannot be used with '{name}'; use supcon"))
+        return problems
 
     def _backprop_problems(self) -> list[Problem]:
         """What does not go together with gradients across stages, or without them."""
@@ -231,8 +250,8 @@ class ScplSection(Section):
             return problems
         if self.method != "scpl" and self.polish:
             problems.append(Problem("polish", f"there is nothing to polish with {end_to_end}"))
-        if self.method != "scpl" and self.freeze_stages:
-            message = f"is the control of local objectives and does nothing for {end_to_end}"
+        if self.freeze_stages:
+            message = f"is the control of local objectives and cannot be used with {end_to_end}"
             problems.append(Problem("freeze_stages", message))
         if self.method == "joint" and self.objective.trains_last_stage():
             message = f"'{self.objective.name}' is made for detached stages; use early_exit"

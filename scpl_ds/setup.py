@@ -302,7 +302,7 @@ def make_engine(
     extra = {key: found for key in asked if (found := getattr(recipe.model, key)) is not None}
     factor = lr_schedule(section, recipe.train, total_steps)
 
-    def load(start: int, end: int, k: int = 0) -> StageBody:
+    def load(start: int, end: int, k: int) -> StageBody:
         stage = load_stage(
             model.path,
             recipe.model.task,

@@ -22,6 +22,9 @@ _SCHEDULES = {
 """``scpl.schedule`` -> torch's ``get_schedule_class``; the last with one stage a rank is ZB-H1."""
 
 
+_MOST_SHAPES = 8
+
+
 class EndToEndPart(Protocol):
     """What one rank computes: all its stages, nothing detached."""
 
@@ -124,7 +127,8 @@ class EndToEnd:
         """Torch's schedule and stage for micro-batches of these shapes."""
         key = (rows, length, num_micro_batches)
         if key in self._made:
-            return self._made[key]
+            self._made[key] = found = self._made.pop(key)  # the last one used is the last to go
+            return found
         ranks, here = self._mesh.pp_size, self._mesh.pp_rank
         name = _SCHEDULES[self._schedule]
         name = "GPipe" if name == "1F1B" and num_micro_batches < ranks else name
@@ -160,6 +164,8 @@ class EndToEnd:
                 f"{ranks} pipeline ranks: {' '.join(str(error).split())} Change "
                 "deepspeed.gradient_accumulation_steps, or use schedule: gpipe."
             ) from error
+        if len(self._made) >= _MOST_SHAPES:  # each has buffers for every micro-batch
+            self._made.pop(next(iter(self._made)))
         self._made[key] = schedule, stage
         return schedule, stage
 

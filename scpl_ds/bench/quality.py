@@ -32,7 +32,9 @@ from scpl_ds.registry import did_you_mean
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-_OF_A_METHOD = ("method", "objective", "head", "freeze_stages", "polish", "schedule")
+_OF_A_METHOD = (
+    "method", "objective", "head", "freeze_stages", "polish", "lookahead", "schedule",
+)  # fmt: skip
 """Keys of the recipe's ``scpl`` section that a method says itself."""
 _NO_METHOD = ("sum", "reconstruction")
 """Objectives that are no method by themselves."""
@@ -144,7 +146,7 @@ def run(
     work([Trial(*cell, first, rate) for cell in cells() for rate in rates])
     chosen = {}
     for cell in cells():
-        tried = [done[Trial(*cell, first, rate)] for rate in rates]
+        tried = [row for trial, row in done.items() if trial[:3] == (*cell, first)]
         best = best_of([row for row in tried if "error" not in row])
         if best is not None:
             chosen[cell] = best["learning_rate"]
@@ -157,11 +159,7 @@ def run(
 def recipe_of(recipe: Recipe, trial: Trial, scpl: Mapping[str, Any]) -> Recipe:
     """The recipe of one training: one line apart from those of the other methods."""
     raw = recipe.to_mapping()
-    section = {k: v for k, v in raw["scpl"].items() if k not in (*_OF_A_METHOD, "partition")}
-    if isinstance(recipe.scpl.partition, str):
-        section["partition"] = recipe.scpl.partition
-    for key in ("zero_stages", "boundary_dtype", "pipeline_ranks", "clip_scope", "sync"):
-        section.pop(key, None)
+    section = _common_scpl(recipe)
     own = dict(scpl)
     if own.get("freeze_stages") == "all but the last":
         own["freeze_stages"] = trial.stages - 1
@@ -177,6 +175,16 @@ def recipe_of(recipe: Recipe, trial: Trial, scpl: Mapping[str, Any]) -> Recipe:
     raw |= {"deepspeed": deepspeed, "train": train, "trackers": []}
     where = f"bench quality, {trial.method} with {trial.stages} stages"
     return recipe_from_mapping(raw, where=where)
+
+
+def _common_scpl(recipe: Recipe) -> dict[str, Any]:
+    """What all methods take of the recipe's ``scpl`` section."""
+    section = recipe.to_mapping()["scpl"]
+    left_out = [*_OF_A_METHOD, "stages", "sharding", "zero_stages", "boundary_dtype"]
+    left_out += ["pipeline_ranks", "clip_scope", "sync"]
+    if not isinstance(recipe.scpl.partition, str):  # ranges, of one number of stages
+        left_out.append("partition")
+    return {key: value for key, value in section.items() if key not in left_out}
 
 
 def _scpl_of(method: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -209,9 +217,8 @@ def _without_run(recipe: Recipe) -> dict[str, Any]:
     """What of the recipe every training has."""
     raw = recipe.to_mapping()
     train = {k: v for k, v in raw["train"].items() if k not in ("output_dir", "run_name")}
-    return {"model": raw["model"], "deepspeed": raw["deepspeed"], "data": raw["data"]} | {
-        "train": train
-    }
+    kept = {key: raw[key] for key in ("model", "deepspeed", "data")}
+    return {**kept, "train": train, "scpl": _common_scpl(recipe)}
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:

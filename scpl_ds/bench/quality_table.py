@@ -17,7 +17,7 @@ def selected(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The rows to report, and all others.
 
     For every method and number of stages the learning rate with the best validation accuracy of the
-    seed that tried most of them is kept; its rows are reported, one a seed.
+    first seed is kept; its rows are reported, one a seed.
     """
     by_cell: dict[Cell, list[Row]] = {}
     for row in rows:

@@ -51,6 +51,13 @@ class StageView(NamedTuple):
     extras: Mapping[str, Tensor]
     """What the objectives of earlier stages sent along."""
 
+    @classmethod
+    def of(cls, hidden_states: Tensor, attention_mask: Tensor | None, labels: Tensor) -> StageView:
+        """Of an output alone, as on a first stage."""
+        inputs = {"labels": labels}
+        inputs |= {} if attention_mask is None else {"attention_mask": attention_mask}
+        return cls(hidden_states, None, inputs, {})
+
     @property
     def attention_mask(self) -> Tensor | None:
         """1 for a real position, 0 for padding, [B, T]; None: no padding."""
@@ -71,7 +78,7 @@ class ObjectiveOutput(NamedTuple):
     metrics: dict[str, Tensor]
     """Detached 0-dim tensors, still on the device: reading one waits for the device."""
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - a default that nobody writes to
-    """Tensors [B, ...] that the next stages' objectives see; they carry no gradient over."""
+    """Tensors that the next stages' objectives see; they carry no gradient over."""
 
 
 class Answer(NamedTuple):
@@ -80,7 +87,8 @@ class Answer(NamedTuple):
     logits: Tensor | None = None
     """Scores of the classes, [B, C]; None where the objective cannot classify."""
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - a default that nobody writes to
-    """As in :class:`ObjectiveOutput`."""
+    """Tensors that the next stages' objectives see; nothing of single samples, which may leave
+    between stages (``EarlyExitModel``)."""
 
 
 class ObjectiveOptions(BaseModel):
@@ -133,6 +141,12 @@ class Objective(nn.Module, abc.ABC):
         features) unless the recipe says otherwise (``scpl.head.detach_features``)."""
         del options
         return False
+
+    @classmethod
+    def looks_ahead(cls, options: BaseModel) -> bool:
+        """Whether it means the same behind copies of the next layers (``scpl.lookahead``)."""
+        del options
+        return True
 
     @abc.abstractmethod
     def forward(

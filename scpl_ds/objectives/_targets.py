@@ -14,8 +14,8 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss that transformers' classifiers take, mean over the rows that have a label.
 
     Integer labels [B]: cross-entropy, -100 left out (all of them: 0 with a gradient of zeros).
-    Floating point [B]: mean squared error of the only score. Floating point [B, C]: several labels
-    a sample, binary cross-entropy.
+    One score a sample: mean squared error. Floating point [B, C]: several labels a sample, binary
+    cross-entropy.
 
     Args:
         logits: Float32, [B, C].
@@ -24,10 +24,10 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         RecipeError: Labels of another shape.
     """
+    if logits.shape[1] == 1 and labels.numel() == len(logits):
+        return F.mse_loss(logits[:, 0], labels.reshape(-1).to(logits.dtype))
     if labels.is_floating_point() and labels.shape == logits.shape:
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    if logits.shape[1] == 1 and labels.ndim == 1:
-        return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
     if labels.is_floating_point() or labels.ndim != 1:
         raise RecipeError(
             f"scpl.objective: labels of type {labels.dtype} and shape {list(labels.shape)} do not "

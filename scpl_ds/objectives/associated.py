@@ -35,8 +35,9 @@ class Associated(Objective):
     of the code before it; a decoder is to make the code before it of that code again.
 
     With t_0 the one-hot label, f the stage's layers, and everything that enters detached:
-    t_k = g_k(t_(k-1)); loss = MSE(b_k(pool(f_k(s))), stopgrad t_k) + MSE(h_k(t_k), t_(k-1)), the
-    second cross-entropy at stage 1. So the layers and the bridge learn from the first term, encoder
+    t_k = tanh g_k(t_(k-1)); loss = MSE(tanh b_k(pool(f_k(s))), stopgrad t_k) +
+    MSE(tanh h_k(t_k), t_(k-1)), the second cross-entropy of h_1(t_1) at stage 1.
+    So the layers and the bridge learn from the first term, encoder
     g and decoder h from the second. A class is found by h_1(h_2(... h_K(b_K(pool(s_K))))), for
     which the decoders' weights travel with the micro-batches of an evaluation.
 
@@ -68,6 +69,11 @@ class Associated(Objective):
         del options
         return True
 
+    @classmethod
+    def looks_ahead(cls, options: BaseModel) -> bool:
+        del options
+        return False
+
     def attach(self, body: nn.Module) -> None:
         """Make bridge, encoder and decoder, which are other ones on the first stage."""
         self.is_first = bool(body.is_first)
@@ -82,10 +88,7 @@ class Associated(Objective):
         self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor
     ) -> ObjectiveOutput:
         """As on a first stage: there is no code yet."""
-        inputs = {"labels": labels}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        return self.learn(StageView(hidden_states, None, inputs, {}))
+        return self.learn(StageView.of(hidden_states, attention_mask, labels))
 
     def learn(self, view: StageView) -> ObjectiveOutput:
         """Loss of one micro-batch; metrics: ``bridge_loss`` and ``code_loss``; the code of this
@@ -126,7 +129,7 @@ class Associated(Objective):
         chain.append((weight.T.contiguous(), bias[0]))
         scores = self._bridged(view).float()
         for n, (matrix, offset) in reversed(list(enumerate(chain))):
-            scores = F.linear(scores, matrix, offset)
+            scores = F.linear(scores, matrix.float(), offset.float())  # a backend may halve them
             scores = scores if n == 0 else scores.tanh()
         name = f"{_DECODER}_{len(chain) - 1}"
         own = {f"{name}.weight": chain[-1][0], f"{name}.bias": chain[-1][1]}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from scpl_ds.errors import RecipeError
 from scpl_ds.objectives._base import Objective, ObjectiveOptions, ObjectiveOutput, StageView
+from scpl_ds.objectives._heads import pool
 from scpl_ds.objectives._options import need_size
 
 
@@ -27,7 +28,7 @@ class Reconstruction(Objective):
     """Mean squared error at the real positions, divided by the target's mean square.
 
     To be used beside another objective:
-    ``objective: [{name: supcon}, {name: reconstruction, weight: 0.1}]``. Needs no labels. The
+    ``objective: [{name: supcon}, {name: reconstruction, weight: 0.1}]``. The
     division makes its size the same for models whose features are large and small.
 
     Source:
@@ -48,18 +49,21 @@ class Reconstruction(Objective):
         self.head: nn.Module = nn.Identity()
         self._inner = 0
         if options.target == "input":
-            size = need_size("reconstruction", hidden_size)
-            self._inner = max(1, size // 4)
-            self.head = nn.Sequential(
-                nn.LayerNorm(size),
-                nn.Linear(size, self._inner),
-                nn.GELU(),
-                nn.Linear(self._inner, size),
-            )
+            self._inner = max(1, need_size("reconstruction", hidden_size) // 4)
         # In a list, out of torch's sight: it is no part of what is trained, sharded or saved.
         self._original: list[Any] = []
 
+    @classmethod
+    def looks_ahead(cls, options: BaseModel) -> bool:
+        del options
+        return False
+
     def attach(self, body: nn.Module) -> None:
+        size = self.hidden_size
+        if self.options.target == "input" and size is not None and not body.is_first:
+            inner = self._inner
+            layers = (nn.Linear(size, inner), nn.GELU(), nn.Linear(inner, size))
+            self.head = nn.Sequential(nn.LayerNorm(size), *layers)
         if self.options.target == "original":
             frozen = copy.deepcopy(body).eval().requires_grad_(False)
             self._original = [frozen]
@@ -77,18 +81,16 @@ class Reconstruction(Objective):
         """Loss of one micro-batch; metrics: ``reconstruction_loss``."""
         hidden = view.hidden_states
         if self.options.target == "input" and view.block_input is None:
-            return ObjectiveOutput(hidden.float().sum() * 0.0, {})
+            return ObjectiveOutput(pool(hidden, view.attention_mask, "mean").sum() * 0.0, {})
         target = view.block_input if self.options.target == "input" else self._original_of(view)
         assert target is not None
         guess = self.head(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            target = target.detach().float()
-            weight = torch.ones(hidden.shape[:-1], device=hidden.device)
+            target, guess = target.detach().float(), guess.float()
             if view.attention_mask is not None and hidden.ndim == 3:
-                weight = view.attention_mask.to(weight)
-            squares = ((guess.float() - target).square().mean(-1) * weight).sum()
-            scale = (target.square().mean(-1) * weight).sum().clamp(min=1e-12)
-            loss = squares / scale
+                real = view.attention_mask.bool()[..., None]  # replaced: padding may hold NaN
+                target, guess = target.where(real, 0.0), guess.where(real, 0.0)
+            loss = (guess - target).square().sum() / target.square().sum().clamp(min=1e-12)
         return ObjectiveOutput(loss, {"reconstruction_loss": loss.detach()})
 
     def flops(self, batch: int, sequence: int) -> int:

@@ -16,6 +16,7 @@ from scpl_ds.objectives._options import (
     projection_head,
     refuse_regression,
     require_classes,
+    width_of,
 )
 from scpl_ds.objectives._queue import FeatureQueue
 
@@ -73,18 +74,13 @@ class SupCon(Objective):
         self.head = projection_head(hidden_size, options)
         self.queue: FeatureQueue | None = None
         if options.feature_queue:
-            if not self._width:
+            if not (width := width_of(self.head, hidden_size)):
                 raise RecipeError(
                     f"scpl.objective.feature_queue: {options.feature_queue} rows need the width of "
                     "a row, and the hidden size is not known. Use projection: linear or mlp with a "
                     "model whose config has a hidden_size, or feature_queue: 0."
                 )
-            self.queue = FeatureQueue(options.feature_queue, self._width)
-
-    @property
-    def _width(self) -> int:
-        """Width of the rows that are compared; 0 where it is not known."""
-        return self.head.shapes[-1][1] if self.head.shapes else (self.hidden_size or 0)
+            self.queue = FeatureQueue(options.feature_queue, width)
 
     def forward(
         self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor
@@ -148,4 +144,5 @@ class SupCon(Objective):
         """
         del sequence
         compared = batch + self.options.feature_queue
-        return self.head.flops(batch) + 2 * batch * compared * self._width
+        width = width_of(self.head, self.hidden_size)
+        return self.head.flops(batch) + 2 * batch * compared * width

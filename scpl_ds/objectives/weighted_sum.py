@@ -28,7 +28,8 @@ class WeightedSumOptions(ObjectiveOptions):
 class WeightedSum(Objective):
     """The weighted sum of other objectives' losses.
 
-    Metrics are theirs, and ``<name>_loss`` of each. The first one that can classify answers.
+    Metrics are theirs, and ``<name>_loss`` of each; those of a second part of one name end in
+    ``_2``. The first part that can classify answers.
     """
 
     Options: ClassVar[type[BaseModel]] = WeightedSumOptions
@@ -39,7 +40,12 @@ class WeightedSum(Objective):
         super().__init__(options, hidden_size=hidden_size, num_labels=num_labels)
         sizes = {"hidden_size": hidden_size, "num_labels": num_labels}
         self.parts = nn.ModuleList([choice.create(**sizes) for choice in options.parts])
-        self._names = [choice.name for choice in options.parts]
+        names = [choice.name for choice in options.parts]
+        self._names = names
+        self._ends = [
+            f"_{n}" if (n := names[:i].count(name) + 1) > 1 else "" for i, name in enumerate(names)
+        ]
+        """Of the metrics' names."""
         self._weights = [choice.weight for choice in options.parts]
 
     @property
@@ -50,6 +56,11 @@ class WeightedSum(Objective):
     def trains_last_stage(cls, options: BaseModel) -> bool:
         parts = options.parts if isinstance(options, WeightedSumOptions) else ()
         return any(part.trains_last_stage() for part in parts)
+
+    @classmethod
+    def looks_ahead(cls, options: BaseModel) -> bool:
+        parts = options.parts if isinstance(options, WeightedSumOptions) else ()
+        return all(part.looks_ahead() for part in parts)
 
     def attach(self, body: nn.Module) -> None:
         for part in self._each:
@@ -63,20 +74,19 @@ class WeightedSum(Objective):
     def forward(
         self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor
     ) -> ObjectiveOutput:
-        inputs = {"labels": labels}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        return self.learn(StageView(hidden_states, None, inputs, {}))
+        return self.learn(StageView.of(hidden_states, attention_mask, labels))
 
     def learn(self, view: StageView) -> ObjectiveOutput:
         loss: Tensor | None = None
         metrics: dict[str, Tensor] = {}
         extras: dict[str, Tensor] = {}
-        for name, weight, part in zip(self._names, self._weights, self._each, strict=True):
+        parts = zip(self._names, self._ends, self._weights, self._each, strict=True)
+        for name, end, weight, part in parts:
             output = part.learn(view)
             term = weight * output.loss
             loss = term if loss is None else loss + term
-            metrics |= output.metrics | {f"{name}_loss": output.loss.detach()}
+            own = output.metrics | {f"{name}_loss": output.loss.detach()}
+            metrics |= {f"{key}{end}": value for key, value in own.items()}
             extras |= output.extras
         assert loss is not None, "Options asks for one part at least"
         return ObjectiveOutput(loss, metrics, extras)

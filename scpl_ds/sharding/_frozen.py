@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scpl_ds.distributed.collectives import broadcast
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.optim import OptimizerState
@@ -29,7 +30,8 @@ class FrozenBackend(StageBackend):
         device: torch.device,
     ) -> None:
         super().__init__(module, make_optimizer, section, mesh, device)
-        module.to(device)
+        # In fp32, as torch's backends keep weights; DeepSpeed's cast what enters themselves.
+        broadcast(module.to(device, torch.float32).state_dict().values(), mesh)
         self._dtype = DTYPES[section.autocast or section.precision]
 
     @torch.no_grad()

@@ -345,3 +345,37 @@ def test_a_probe_leaves_out_rows_without_a_class_and_says_nothing_of_too_few():
     probe.add(torch.randn(3000, D), None, torch.arange(3000) % 3)
     probe.add(torch.randn(10, D), None, torch.arange(10) % 3)
     assert sum(len(rows) for rows in probe._rows) == 2048
+
+
+def test_one_score_a_sample_is_a_regression_whatever_shape_its_labels_have():
+    scores, labels = torch.randn(B, 1), torch.randn(B)
+    wanted = F.mse_loss(scores[:, 0], labels)
+    for given in (labels, labels[:, None]):
+        assert task_loss(scores, given).item() == pytest.approx(wanted.item())
+
+
+def test_padding_that_holds_nan_does_not_reach_a_reconstruction():
+    for asked in ("reconstruction", {"name": "reconstruction", "target": "input"}):
+        objective, given = make(asked, Block(is_first=False)), view()
+        mask = given.inputs["attention_mask"].bool()
+        broken = torch.where(mask[..., None], given.hidden_states.detach(), torch.nan)
+        broken.requires_grad_()
+        loss = objective.learn(given._replace(hidden_states=broken)).loss
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert broken.grad is not None and torch.isfinite(broken.grad[mask]).all()
+
+
+def test_parts_of_one_name_keep_their_metrics_apart():
+    whole = make([{"name": "supcon"}, {"name": "supcon", "temperature": 1.0}])
+    metrics = whole.learn(view()).metrics
+    assert metrics["supcon_loss"] != metrics["supcon_loss_2"]
+
+
+def test_half_precision_decoders_answer_as_well_as_whole_ones():
+    """A backend casts what enters a stage to the dtype of its weights."""
+    asked = {"name": "associated", "label_dim": 6}
+    first, second = make(asked), make(asked, Block(is_first=False))
+    extras = {k: v.bfloat16() for k, v in first.answer(view()).extras.items()}
+    answer = second.answer(view()._replace(extras=extras)).logits
+    assert answer is not None and answer.dtype == torch.float32

@@ -65,6 +65,12 @@ def test_what_is_wrong_with_an_objective_is_named(objective: Any, message: str):
         ({"method": "bp", "schedule": "a.b:c"}, ["cannot run method: bp"]),
         ({"polish": 0.1, "sharding": "deepspeed"}, ["polish: 0.1 sends gradients"]),
         ({"polish": 1.0}, ["scpl.polish"]),
+        ({"polish": 0.1, "freeze_stages": 1}, ["scpl.freeze_stages"]),
+        ({"polish": 0.1, "objective": "associated"}, ["scpl.polish", "associated"]),
+        ({"freeze_stages": 1, "objective": "associated"}, ["scpl.freeze_stages"]),
+        ({"lookahead": 1, "objective": "associated"}, ["scpl.lookahead", "must be 0"]),
+        ({"lookahead": 1, "objective": ["supcon", "reconstruction"]}, ["scpl.lookahead"]),
+        ({"lookahead": 1, "method": "bp"}, ["scpl.lookahead", "no need"]),
         ({"freeze_stages": 2}, ["leaves none of 2 stages"]),
         ({"freeze_stages": -1}, ["scpl.freeze_stages"]),
         ({"method": "backprop"}, ["scpl.method"]),
@@ -93,6 +99,9 @@ def test_defaults_of_keys_that_older_recipes_lack_do_not_change_the_fingerprint(
         | {"scpl": {**GOOD["scpl"], "method": "scpl", "freeze_stages": 0, "polish": 0.0}}
     )
     assert written.fingerprint() == plain.fingerprint()
+    codes = scpl(objective="associated")
+    said = scpl(objective="associated", head={"detach_features": False})
+    assert recipe_from_mapping(codes).fingerprint() != recipe_from_mapping(said).fingerprint()
     other = recipe_from_mapping(changed("scpl.freeze_stages", 1))
     assert other.fingerprint() != plain.fingerprint()
 
