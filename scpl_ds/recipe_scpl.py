@@ -260,6 +260,8 @@ class ScplSection(Section):
             if (found := getattr(self, key)) != wanted:
                 message = f"{end_to_end} sends gradients between stages and needs {key}: "
                 message += f"{show(wanted)}, not {show(found)}"
+                if key == "sharding":
+                    message += " (and ZeRO stage 0: deepspeed.zero_optimization.stage=0)"
                 problems.append(Problem(key, message))
         return problems
 

@@ -286,7 +286,8 @@ def draw_schedule(recipe: Recipe, num_stages: int, num_micro_batches: int) -> st
     num_micro_batches = 1 if name == "naive" else num_micro_batches
     try:
         slots = simulate(schedule, num_stages, num_micro_batches, gradients_travel_back=backprop)
-        return render(slots)
+        learn = [s for s in slots if s.kind == "F" or s.stage >= scpl.freeze_stages]
+        return render(learn)
     except Exception as error:  # anybody's code, perhaps made for several stages a rank
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"(not drawn with one rank a stage: {reason})"

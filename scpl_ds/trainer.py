@@ -291,6 +291,7 @@ class Run:
     def _evaluate(self, step: int) -> None:
         assert self.eval_loader is not None
         self.engine.drain()
+        log.info("step %d: evaluating %d samples", step, self.data.facts.num_eval)
         more: dict[str, float] = {}
         if self.recipe.train.diagnostics:
             score, more = diagnose(self.engine, self.eval_loader)
@@ -365,6 +366,7 @@ class Run:
         stages' where there is none."""
         if exported is None or self.data.facts.num_eval == 0:
             return self.last_eval.get("val/accuracy")
+        log.info("scoring the exported model on %d samples", self.data.facts.num_eval)
         model = export.load_exported(exported, self.recipe.model.task)
         whole = whole_eval_loader(self.recipe, self.data)
         return score_model(model, whole, self.device).metrics()["val/accuracy"]

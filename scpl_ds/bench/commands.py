@@ -66,7 +66,9 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
         "where every step is flushed, 800 and 40 with --emulate; at least 4 steps",
     )  # fmt: skip
     parser.add_argument("--threads", type=_count, default=1, help="of a rank; default: %(default)s")
-    parser.add_argument("--systems", type=_names, default=None, metavar="A,B", help="only these")
+    parser.add_argument("--systems", type=_names, default=None, metavar="A,B",
+        help="only these; a wrong name lists them all",
+    )  # fmt: skip
     parser.add_argument(
         "--emulate", type=_milliseconds, default=None, metavar="FORWARD_MS,BACKWARD_MS",
         help="stages sleep so long for a micro-batch instead of computing: many ranks on few cores",

@@ -16,6 +16,8 @@ Row = dict[str, Any]
 MIB = 2**20
 _1F1B = ("deepspeed-1f1b", "deepspeed-1f1b-zero1")
 _ALONE = "stage-alone"
+_QUIET_CORES, _WIDE = 0.2, 0.5
+"""What other processes, and chance, may do to figures that are worth reading."""
 _SIMULATED = {"torch-gpipe": gpipe, "torch-1f1b": one_f_one_b}
 
 
@@ -208,6 +210,13 @@ def render(rows: Sequence[Row]) -> str:
             _word(row["ratio_to_stage_alone"], "{:.3f}"),
         ]
         lines.append(_line(cells))
+    others = max((row.get("other_cpu_cores") or 0.0 for row in rows), default=0.0)
+    spread = max((row.get("spread") or 0.0 for row in rows), default=0.0)
+    if others > _QUIET_CORES or spread > _WIDE:
+        notes.append(
+            f"- **Do not trust these figures:** other processes used up to {others:.1f} cores, and "
+            f"runs of one system differ by up to {spread:.0%}. Measure again on a quiet machine."
+        )
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 

@@ -238,3 +238,26 @@ def test_fp16_is_refused_where_gradients_cross_stages() -> None:
             scpl_ds.initialize(model=runs.model(), config=config)
 
     run_ranks(1, body)
+
+
+@pytest.mark.parametrize("sharding, zero", [("ddp", 0), ("fsdp", 3), ("deepspeed", 2)])
+@pytest.mark.parametrize("name", ["early_exit", "associated", "deinforeg", "supcon + original"])
+@distributed(2)
+def test_a_method_learns_the_same_under_every_backend(name: str, sharding: str, zero: int) -> None:
+    """Two data-parallel ranks, two stages on each, five steps, evaluation included."""
+    found = []
+    for options in ({"sharding": "none"}, {"sharding": sharding, "zero": zero}):
+        engine = runs.engine(
+            2, objective=DECOUPLED[name], pipeline_ranks=1, dropout=0.0, eps=EPS, **options
+        )
+        data = runs.lane(runs.batches(), engine.mesh.dp_rank, 2)
+        for _ in range(5):
+            engine.train_batch(data)
+        outputs = list(engine.evaluate(runs.batches(seed=9), 1))
+        assert outputs[0].logits is not None
+        found.append((runs.weights_of_engine(engine), outputs[0].logits, outputs[0].exits))
+    (plain, logits, exits), (other, other_logits, other_exits) = found
+    runs.assert_equal(other, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-5)
+    assert exits.keys() == other_exits.keys()
+    assert bool(exits) == (name in ("early_exit", "deinforeg", "associated"))
