@@ -304,8 +304,13 @@ def build_engine(
         if not (trainable := list(named)):
             raise PartitionError(nothing_to_train(plan, k))
         if make_optimizer is not None:
+            if scpl.head_lr != 1.0:
+                raise RecipeError(
+                    f"scpl.head_lr: {scpl.head_lr} needs the config's optimizer; one of your own "
+                    "says its learning rates itself."
+                )
             return make_optimizer([parameter for _, parameter in trainable])
-        return build_optimizer(trainable, section)
+        return build_optimizer(trainable, section, head_lr=scpl.head_lr)
 
     backend.start(mesh)
 

@@ -17,7 +17,7 @@ from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.export import HEADS_CONFIG, HEADS_FILE, load_exported
 from scpl_ds.objectives._base import Objective, StageView
 from scpl_ds.partition.anatomy import analyze
-from scpl_ds.partition.stage_module import StageModule, stage_from_model
+from scpl_ds.partition.stage_module import StageModule, StageOutput, stage_from_model
 from scpl_ds.recipe_scpl import ObjectiveChoice
 
 
@@ -61,6 +61,7 @@ class EarlyExitModel(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleDict({str(k): head for k, head in heads.items()})
+        self._walk = [(stage, heads.get(k)) for k, stage in enumerate(stages)]
         self.num_layers = num_layers
         self.eval()
 
@@ -101,7 +102,7 @@ class EarlyExitModel(nn.Module):
         return cls(stages, heads, anatomy.num_layers)._checked(choice.name)
 
     def _checked(self, name: str) -> Self:
-        if not any(type(h).answer is not Objective.answer for h in self.heads.values()):
+        if all(head is None or type(head).answer is Objective.answer for _, head in self._walk):
             raise RecipeError(
                 f"scpl.objective: heads of '{name}' cannot classify, so no sample can leave early. "
                 "Train with early_exit, dascpl, deinforeg, predsim or associated, or a list with "
@@ -130,21 +131,19 @@ class EarlyExitModel(nn.Module):
         layers = torch.full((len(rows),), self.num_layers)
         last = torch.full((len(rows),), -1)
         agreed = torch.zeros(len(rows), dtype=torch.int64)
-        heads = dict(self.heads.items())
-        for number, stage in enumerate(self.stages):
-            output = stage(inputs, hidden)
-            before, hidden = hidden, output.hidden_states
-            answer, is_last = output.logits, number == len(self.stages) - 1
-            head = heads.get(str(number))
-            if isinstance(head, Objective) and (not is_last or head.replaces_head):
-                given = head.answer(StageView(hidden, before, inputs, extras))
+        for stage, head in self._walk:
+            output: StageOutput = stage(inputs, hidden)
+            leaving, answer = output.hidden_states, output.logits
+            if head is not None and (not stage.is_last or head.replaces_head):
+                given = head.answer(StageView(leaving, hidden, inputs, extras))
                 answer, extras = given.logits, {**extras, **given.extras}
+            hidden = leaving
             if answer is None:
                 continue
             answer = answer.float().cpu()
             logits = answer.new_zeros(len(layers), answer.shape[1]) if logits is None else logits
             logits[rows] = answer
-            if is_last:
+            if stage.is_last:
                 break
             found = answer.argmax(1)
             agreed[rows] = torch.where(found == last[rows], agreed[rows] + 1, 0)
@@ -158,7 +157,7 @@ class EarlyExitModel(nn.Module):
             if leaves.all():
                 break
             stay = (~leaves).nonzero()[:, 0]
-            rows, hidden = rows[stay], hidden[stay.to(hidden.device)]
+            rows, hidden = rows[stay], leaving[stay.to(leaving.device)]
             inputs = {name: value[stay.to(value.device)] for name, value in inputs.items()}
         assert logits is not None, "the last stage answers"
         return EarlyExitOutput(logits, layers)

@@ -140,7 +140,7 @@ class _Chain(nn.Module):
         # Torch's stage may train or eval what it is given; these are the run's own modules.
         self.modules_of_stages = nn.ModuleList(stage.module for stage in stages)
         self._stages, self._joint, self._micro_batches = list(stages), joint, micro_batches
-        self.number = (0, 0)
+        self.number: tuple[int, int] = (0, 0)
         """Step and micro-batch of the next forward."""
         self.hidden_size = stages[-1].module.body.hidden_size or stages[0].module.body.hidden_size
 

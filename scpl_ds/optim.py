@@ -38,9 +38,17 @@ LrSchedule = Callable[[int], float]
 HF_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
+HEAD = "objective."
+"""How the names of a stage's local objective's parameters begin."""
+LR_FACTOR = "lr_factor"
+"""Key of a parameter group whose learning rate is so many times that of the run."""
+
+
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     section: DeepSpeedSection,
+    *,
+    head_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Torch's optimizer for the ``deepspeed.optimizer`` section.
 
@@ -53,6 +61,9 @@ def build_optimizer(
     Args:
         named_parameters: Of one stage, its objective's head included.
         section: Says type and parameters.
+        head_lr: Of the local objective's parameters (``objective.*``), relative to the others'.
+            Anything but 1 puts them into groups of their own, which ``set_lr`` knows by
+            ``lr_factor``.
 
     Raises:
         ValueError: Nothing is trainable.
@@ -63,10 +74,12 @@ def build_optimizer(
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     if not trainable:
         raise ValueError("build_optimizer got no parameter that requires a gradient.")
-    groups = [
-        {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for of_head in (False, True):
+        own = [p for n, p in trainable if (head_lr != 1.0 and n.startswith(HEAD)) == of_head]
+        more = {LR_FACTOR: head_lr} if of_head else {}
+        groups.append({"params": [p for p in own if p.ndim >= 2], "weight_decay": decay, **more})
+        groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, **more})
     return _CLASSES[_class_name(kind, params)]([g for g in groups if g["params"]], **options)
 
 

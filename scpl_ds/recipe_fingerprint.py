@@ -58,7 +58,7 @@ _NOT_IN_FINGERPRINT = {
 }
 
 
-_ADDED = {"method": "scpl", "freeze_stages": 0, "polish": 0.0, "lookahead": 0}
+_ADDED = {"method": "scpl", "freeze_stages": 0, "polish": 0.0, "lookahead": 0, "head_lr": 1.0}
 """Keys that older recipes do not have, and what they mean then."""
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 _OF_A_METHOD = (
-    "method", "objective", "head", "freeze_stages", "polish", "lookahead", "schedule",
+    "method", "objective", "head", "freeze_stages", "polish", "lookahead", "head_lr", "schedule",
 )  # fmt: skip
 """Keys of the recipe's ``scpl`` section that a method says itself."""
 _NO_METHOD = ("sum", "reconstruction")
@@ -143,15 +143,15 @@ def run(
             if on_figures is not None:
                 on_figures(figures)
 
-    work([Trial(*cell, first, rate) for cell in cells() for rate in rates])
-    chosen = {}
-    for cell in cells():
-        tried = [row for trial, row in done.items() if trial[:3] == (*cell, first)]
+    work([Trial(name, k, first, rate) for name, k in cells() for rate in rates])
+    chosen: list[tuple[str, int, float]] = []
+    for name, k in cells():
+        tried = [row for trial, row in done.items() if trial[:3] == (name, k, first)]
         best = best_of([row for row in tried if "error" not in row])
         if best is not None:
-            chosen[cell] = best["learning_rate"]
+            chosen.append((name, k, best["learning_rate"]))
     later = range(first + 1, first + seeds)
-    work([Trial(*cell, seed, rate) for seed in later for cell, rate in chosen.items()])
+    work([Trial(name, k, seed, rate) for seed in later for name, k, rate in chosen])
     figures["rows"], figures["trials"] = selected(list(done.values()))
     return figures
 

@@ -30,9 +30,8 @@ def selected(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         tried = [row for row in good if row["seed"] == first]
         best = best_of(tried)
         for row in cell:
-            keep = best is not None and "error" not in row
-            keep = keep and row["learning_rate"] == best["learning_rate"]
-            (chosen if keep else others).append(row)
+            rate = None if best is None or "error" in row else best["learning_rate"]
+            (chosen if row["learning_rate"] == rate else others).append(row)
     return sorted(chosen, key=_order), others
 
 
@@ -100,7 +99,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         RecipeError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RecipeError(
             "--plot needs matplotlib, which is not installed: pip install matplotlib."

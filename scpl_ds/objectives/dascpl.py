@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from scpl_ds.objectives._base import Answer, ObjectiveOutput, StageView
-from scpl_ds.objectives._heads import Classifier, ClassifierKind, pool
+from scpl_ds.objectives._heads import Classifier, ClassifierKind, Pooling, pool
 from scpl_ds.objectives._options import need_labels, need_size
 from scpl_ds.objectives._targets import task_loss
 from scpl_ds.objectives.supcon import SupCon, SupConOptions
@@ -38,7 +38,7 @@ class Dascpl(SupCon):
         self, options: DascplOptions, *, hidden_size: int | None, num_labels: int | None
     ) -> None:
         super().__init__(options, hidden_size=hidden_size, num_labels=num_labels)
-        self._pooling = options.pooling
+        self._pooling: Pooling = options.pooling
         self.classifier = Classifier(
             need_size("dascpl", hidden_size),
             need_labels("dascpl", num_labels),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import CheckpointError
-from scpl_ds.optim import OptimizerState, moment_names
+from scpl_ds.optim import LR_FACTOR, OptimizerState, moment_names
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,7 +140,7 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def set_lr(optimizer: Any, lr: float) -> None:
     """Give every parameter group its learning rate for the coming step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_FACTOR, 1.0)
 
 
 def copy_on_cpu(tensor: Tensor) -> Tensor:

@@ -248,7 +248,13 @@ def test_a_method_learns_the_same_under_every_backend(name: str, sharding: str, 
     found = []
     for options in ({"sharding": "none"}, {"sharding": sharding, "zero": zero}):
         engine = runs.engine(
-            2, objective=DECOUPLED[name], pipeline_ranks=1, dropout=0.0, eps=EPS, **options
+            2,
+            objective=DECOUPLED[name],
+            pipeline_ranks=1,
+            dropout=0.0,
+            eps=EPS,
+            head_lr=5.0,
+            **options,
         )
         data = runs.lane(runs.batches(), engine.mesh.dp_rank, 2)
         for _ in range(5):

@@ -17,6 +17,7 @@ from scpl_ds.optim import (
     warmup_steps,
 )
 from scpl_ds.recipe_sections import TrainSection
+from scpl_ds.sharding._base import set_lr
 
 LR = 3e-4
 
@@ -158,3 +159,17 @@ def test_a_warmup_ratio_is_rounded_up():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="kind must be one of linear, cosine"):
         lr_factor(0, 10, kind="polynomial")
+
+
+def test_heads_have_a_learning_rate_of_their_own_where_one_is_asked_for():
+    head, layer = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    named = [
+        *((f"objective.head.{name}", p) for name, p in head.named_parameters()),
+        *((f"body.model.{name}", p) for name, p in layer.named_parameters()),
+    ]
+    optimizer = build_optimizer(named, section(), head_lr=10.0)
+    set_lr(optimizer, 2e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(rates[id(p)] == pytest.approx(2e-2) for p in head.parameters())
+    assert all(rates[id(p)] == pytest.approx(2e-3) for p in layer.parameters())
+    assert len(build_optimizer(named, section()).param_groups) == 2
