@@ -30,7 +30,7 @@ def test_every_row_is_a_recipe_that_fits_its_ranks(suite: str, case: Case) -> No
 def test_backprop_is_one_stage_that_learns_from_the_task_loss() -> None:
     recipe = recipe_from_mapping(recipe_of(Case("bp"), SUITES["standard"][1], Path("model")))
     assert recipe.scpl.stages == 1
-    assert recipe.scpl.head.detach_features is False
+    assert recipe.scpl.detach_features is False
 
 
 def rows(cases: list[Case]) -> list[dict[str, Any]]:
