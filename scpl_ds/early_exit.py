@@ -102,7 +102,7 @@ class EarlyExitModel(nn.Module):
         return cls(stages, heads, anatomy.num_layers)._checked(choice.name)
 
     def _checked(self, name: str) -> Self:
-        if all(head is None or type(head).answer is Objective.answer for _, head in self._walk):
+        if not any(head is not None and head.can_answer for _, head in self._walk):
             raise RecipeError(
                 f"scpl.objective: heads of '{name}' cannot classify, so no sample can leave early. "
                 "Train with early_exit, dascpl, deinforeg, predsim or associated, or a list with "

@@ -153,6 +153,9 @@ class TrainSection(Section):
     """Seed of new weights, data order and dropout."""
     dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0
     """Processes that prepare batches ahead; 0: this one does, for a GPU in a thread of its own."""
+    group_by_length: bool = False
+    """Batches of texts of like length: less padding to compute. A resumed run must keep its global
+    batch."""
     disable_tqdm: bool = False
     """No live progress display; log lines stay."""
     profile: bool = False

@@ -19,7 +19,7 @@ from scpl_ds.data._base import DataOptions, check_labels
 from scpl_ds.data._columns import ColumnOptions
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.loader import BatchLoader
-from scpl_ds.data.text import Collator, TokenizedDataset, load_tokenizer, tokenize
+from scpl_ds.data.text import Collator, TokenizedDataset, lengths_of, load_tokenizer, tokenize
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
@@ -350,6 +350,7 @@ def make_loaders(
         global_batch_size=sizes.global_batch,
         ahead=AHEAD if cuda else 0,
         pin_memory=cuda,
+        lengths=lengths_of(data.train) if recipe.train.group_by_length else None,
         **_loading(recipe, data, mesh),
     )
     return train, make_eval_loader(recipe, data, mesh)

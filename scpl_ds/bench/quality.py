@@ -115,7 +115,8 @@ def run(
         "variants": {name: dict(keys) for name, keys in variants.items() if name in scpl_of},
     }
     done = _earlier(before, settings)
-    jobs = jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    jobs = jobs or (1 if torch.cuda.is_available() else cores)
     figures: dict[str, Any] = {
         "machine": describe_machine() | {"jobs": jobs},
         "settings": settings,
@@ -132,7 +133,7 @@ def run(
         functions = []
         for trial in wanted:
             own = recipe_of(recipe, trial, scpl_of[trial.method])
-            functions.append(functools.partial(_one, own, validation))
+            functions.append(functools.partial(_one, own, validation, max(1, cores // jobs)))
         for number, result in in_forks(functions, jobs=jobs):
             trial = wanted[number]
             row: Row = trial._asdict()
@@ -207,8 +208,11 @@ def _scpl_of(method: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[
     return named[method]
 
 
-def _one(recipe: Recipe, validation: float) -> Row:
-    torch.set_num_threads(1)
+def _one(recipe: Recipe, validation: float, threads: int) -> Row:
+    # Also in the environment, where the world looks: as many threads as cores in each of several
+    # trainings made them five times slower than one thread.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
     logging.getLogger("scpl_ds").setLevel(logging.WARNING)
     return train_and_score(recipe, validation)
 

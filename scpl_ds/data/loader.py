@@ -21,13 +21,41 @@ from torch.utils.data import DataLoader, Dataset
 from scpl_ds.errors import DataError
 
 Batch = dict[str, Tensor]
+_POOL = 50
+"""Batches that are sorted by length together, as in Hugging Face's ``LengthGroupedSampler``."""
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     """Permutation of ``range(num_samples)`` for one epoch; equal on all ranks, [N] int64."""
+    return _permutation(num_samples, seed, epoch)
+
+
+def _permutation(count: int, *seeds: int) -> np.ndarray:
     # SeedSequence mixes, so that (seed 1, epoch 0) and (seed 0, epoch 1) are not the same order.
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(mixed)).numpy()
+    mixed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).numpy()
+
+
+def group_by_length(
+    order: np.ndarray, lengths: np.ndarray, batch: int, *, seed: int, epoch: int
+) -> np.ndarray:
+    """``order`` with samples of like length in one batch, so that little of it is padding.
+
+    Within every ``_POOL`` batches of the order the samples are sorted by length and cut into
+    batches, which come in random order: unlike Hugging Face's grouping, which has the longest batch
+    first, so that each such pool ends with its shortest texts.
+
+    Args:
+        order: Sample numbers, [N]; what is left beyond whole batches stays at the end.
+        lengths: Tokens of each sample of the data set.
+        batch: Samples of an optimizer step over all ranks.
+    """
+    grouped, whole = [], len(order) // batch * batch
+    for start in range(0, whole, _POOL * batch):
+        pool = order[start : min(start + _POOL * batch, whole)]
+        batches = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch)
+        grouped.append(batches[_permutation(len(batches), seed, epoch, start)].ravel())
+    return np.concatenate([*grouped, order[whole:]])
 
 
 class BatchLoader:
@@ -56,6 +84,8 @@ class BatchLoader:
         global_batch_size: Samples per optimizer step over all ranks. Given, an epoch ends at a
             whole step and holds the same samples for every ``dp_size``; None ends it at a whole
             micro-batch over all ranks.
+        lengths: Tokens of each sample, to bring samples of like length together in training; None
+            leaves the order random.
 
     Raises:
         DataError: The data has no length, is empty, or is smaller than one global batch (training
@@ -78,6 +108,7 @@ class BatchLoader:
         ahead: int = 0,
         pin_memory: bool = False,
         global_batch_size: int | None = None,
+        lengths: np.ndarray | None = None,
     ) -> None:
         if not isinstance(dataset, Sized):
             raise DataError(
@@ -117,6 +148,7 @@ class BatchLoader:
                 f"more data."
             )
         self._usable = self.num_samples // unit * unit
+        self._unit, self._lengths = unit, lengths
         self._epoch = 0
         self._consumed = 0
         self._generation = 0
@@ -143,6 +175,7 @@ class BatchLoader:
             "consumed": self._consumed,
             "num_samples": self.num_samples,
             "seed": self.seed,
+            "grouped_by": 0 if self._lengths is None else self._unit,
         }
 
     def restore(self, position: Mapping[str, int]) -> None:
@@ -161,6 +194,14 @@ class BatchLoader:
                     f"The checkpoint's {what} {key} {position[key]}, this run's {mine}: the order "
                     f"of samples cannot be continued. Use the same data section and train.seed."
                 )
+        was, now = position.get("grouped_by", 0), self.position["grouped_by"]
+        if was != now:
+            said = [f"grouped by length into batches of {n}" if n else "random" for n in (was, now)]
+            raise DataError(
+                f"The checkpoint's order of samples is {said[0]}, this run's {said[1]}: it cannot "
+                "be continued. Use the same train.group_by_length, and with it the same global "
+                "batch."
+            )
         if position["epoch"] < 0 or not 0 <= position["consumed"] <= self.num_samples:
             raise DataError(
                 f"The checkpoint's loader position is damaged: epoch {position['epoch']}, consumed "
@@ -192,14 +233,19 @@ class BatchLoader:
             if consumed + self.block > self._usable:
                 epoch, consumed, order = epoch + 1, 0, None
             if order is None:
-                order = (
-                    epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
-                    if self.shuffle
-                    else np.arange(self.num_samples)
-                )
+                order = self._order(epoch)
             start = consumed + self.dp_rank * self.micro_batch_size
             consumed += self.block
             yield epoch, consumed, order[start : start + self.micro_batch_size].tolist()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Samples of one epoch, the same on all ranks."""
+        if not self.shuffle:
+            return np.arange(self.num_samples)
+        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
+        if self._lengths is None:
+            return order
+        return group_by_length(order, self._lengths, self._unit, seed=self.seed, epoch=epoch)
 
     def _eval_chunks(self, *, padded: bool = True) -> list[list[int]]:
         """This rank's shard in chunks of at most one micro-batch, as many as on the other ranks."""

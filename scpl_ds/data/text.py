@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.errors import DataError
@@ -138,6 +138,14 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
     def lengths(self) -> np.ndarray:
         """Tokens per sample, [N]."""
         return np.diff(self.offsets)
+
+
+def lengths_of(data: Any) -> np.ndarray:
+    """Tokens of each sample of tokenised data or of a subset of them, [N]; zeros on a rank that
+    only counts samples."""
+    if isinstance(data, Subset):
+        return lengths_of(data.dataset)[np.asarray(data.indices)]
+    return data.lengths if isinstance(data, TokenizedDataset) else np.zeros(len(data), np.int64)
 
 
 def tokenize(

@@ -91,6 +91,10 @@ class WeightedSum(Objective):
         assert loss is not None, "Options asks for one part at least"
         return ObjectiveOutput(loss, metrics, extras)
 
+    @property
+    def can_answer(self) -> bool:
+        return any(part.can_answer for part in self._each)
+
     def answer(self, view: StageView) -> Answer:
         logits, extras = None, {}
         for part in self._each:

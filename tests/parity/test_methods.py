@@ -33,7 +33,7 @@ DECOUPLED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("stages, ranks", [(3, 3), (4, 2)])
+@pytest.mark.parametrize("stages, ranks", [(3, 1), (3, 3), (4, 2)])
 @pytest.mark.parametrize("name", DECOUPLED)
 @distributed(lambda ranks: ranks)
 def test_a_decoupled_method_streamed_equals_its_plain_loop_to_the_bit(

@@ -7,6 +7,7 @@ import itertools
 import threading
 import traceback
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,47 @@ def test_each_epoch_and_each_seed_has_its_own_order():
     assert len(set(orders)) == 16
 
 
+LENGTHS = np.random.default_rng(0).integers(1, 100, 64)
+
+
+def padded(loaded: BatchLoader) -> int:
+    """Tokens to compute in an epoch, padding included."""
+    batches = take(loaded, loaded.num_micro_batches_per_epoch)
+    return sum(max(LENGTHS[i] for i in batch) * len(batch) for batch in batches)
+
+
+def test_grouping_by_length_saves_most_of_the_padding():
+    real = LENGTHS.sum()
+    grouped, mixed = padded(loader(64, size=8, lengths=LENGTHS)), padded(loader(64, size=8))
+    assert grouped - real < (mixed - real) / 4
+
+
+def test_grouped_epochs_have_every_sample_once_in_an_order_that_no_number_of_ranks_changes():
+    options = {"lengths": LENGTHS, "global_batch_size": 8}
+    alone = in_global_order([take(loader(64, **options), 64)])
+    assert sorted(alone[:64]) == sorted(alone[64:]) == list(range(64))
+    assert alone[:64] != alone[64:]
+    ranks = [take(loader(64, rank=r, ranks=2, **options), 32) for r in range(2)]
+    assert in_global_order(ranks) == alone
+    longest = [max(LENGTHS[i] for i in alone[k : k + 8]) for k in range(0, 64, 8)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_a_grouped_order_is_continued_with_the_same_global_batch_only():
+    options = {"lengths": LENGTHS, "global_batch_size": 8}
+    first = loader(64, **options)
+    batches = iter(first)
+    for _ in range(3):
+        next(batches)
+    later = loader(64, **options)
+    later.restore(first.position)
+    assert take(later, 40) == [batch["ids"].tolist() for batch in itertools.islice(batches, 40)]
+    with pytest.raises(DataError, match=r"into batches of 8, this run's random"):
+        loader(64).restore(first.position)
+    with pytest.raises(DataError, match=r"into batches of 8, this run's .* of 4: .*global batch"):
+        loader(64, lengths=LENGTHS, global_batch_size=4).restore(first.position)
+
+
 def test_without_shuffle_training_runs_in_the_order_of_the_data():
     assert take(loader(5, shuffle=False), 4) == [[0, 1], [2, 3], [0, 1], [2, 3]]
 
@@ -118,7 +160,8 @@ def test_position_counts_what_was_handed_out_not_what_was_prepared(options: dict
     iterator = iter(train)
     for _ in range(3):
         next(iterator)
-    assert train.position == {"epoch": 0, "consumed": 6, "num_samples": 40, "seed": 0}
+    position = {"epoch": 0, "consumed": 6, "num_samples": 40, "seed": 0, "grouped_by": 0}
+    assert train.position == position
 
 
 def test_an_iterator_from_before_a_restore_refuses_to_go_on():
