@@ -102,7 +102,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RecipeError(
-            "--plot needs matplotlib, which is not installed: pip install matplotlib."
+            "--plot needs matplotlib, which is not installed: pip install 'scpl-ds[plot]'."
         ) from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_stages, by_time = figure.subplots(1, 2, sharey=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,9 +31,9 @@ class FileOptions(ColumnOptions):
     """Options of ``csv``, ``tsv``, ``jsonl`` and ``parquet``."""
 
     train_file: AbsolutePath | None = None
-    """File to train on. Only a run that evaluates alone may leave it out."""
+    """File to train on, ``train`` for short. Only a run that evaluates alone may leave it out."""
     eval_file: AbsolutePath | None = None
-    """File to evaluate on."""
+    """File to evaluate on, ``eval`` for short."""
     eval_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Without ``eval_file``: share of ``train_file`` held out, by a hash of the text, so that
     copies of a text stay together and the choice never changes. None holds out nothing."""
@@ -41,6 +41,20 @@ class FileOptions(ColumnOptions):
     """Character between columns; None: comma for ``csv``, tab for ``tsv``."""
     quoted: bool | None = None
     """Whether a cell may stand in double quotes; None: yes for ``csv``, no for ``tsv``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_names(cls, value: Any) -> Any:
+        """``train`` and ``eval`` stand for ``train_file`` and ``eval_file``."""
+        if not isinstance(value, Mapping):
+            return value
+        long = dict(value)
+        for short in ("train", "eval"):
+            if short in long:
+                if long.get(f"{short}_file") is not None:
+                    raise ValueError(f"{short} and {short}_file are the same; keep one")
+                long[f"{short}_file"] = long.pop(short)
+        return long
 
     @model_validator(mode="after")
     def _files_fit_together(self) -> FileOptions:

@@ -110,8 +110,10 @@ def test_the_command_reads_variants_and_goes_on_with_its_own_file(
     first = json.loads(out.read_text())
     assert {row["method"] for row in first["rows"]} == {"bp", "sharp"}
     assert "| sharp | 2 |" in capsys.readouterr().out
-    assert main(words) == 0
+    picture = tmp_path / "q.png"
+    assert main([*words, "--plot", str(picture)]) == 0
     assert json.loads(out.read_text())["rows"] == first["rows"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_learning_rate_is_selected_by_validation_and_never_by_test():

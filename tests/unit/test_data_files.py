@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from scpl_ds import registry
 from scpl_ds.data._base import Splits, check_labels
-from scpl_ds.data.files import FileSource
+from scpl_ds.data.files import FileOptions, FileSource
 from scpl_ds.errors import DataError
 
 GOOD = "text,label\ngood,1\nbad,0\nfine,1\n"
@@ -258,6 +258,14 @@ def test_a_label_beyond_num_labels_is_refused_with_its_row(tmp_path: Path):
 def test_classes_that_never_occur_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert check_labels(load_csv(tmp_path, GOOD), num_labels=5) == 5
     assert "model.num_labels is 5 but the data has 2 classes" in caplog.text
+
+
+def test_train_and_eval_are_short_for_the_files(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    short = FileOptions.model_validate({"train": path, "eval": path})
+    assert short == FileOptions(train_file=path, eval_file=path)
+    with pytest.raises(ValueError, match="train and train_file are the same"):
+        FileOptions.model_validate({"train": path, "train_file": path})
 
 
 def test_options_that_contradict_each_other_are_refused():
