@@ -304,7 +304,7 @@ def build_engine(
         if not (trainable := list(named)):
             raise PartitionError(nothing_to_train(plan, k))
         if make_optimizer is not None:
-            if scpl.head_lr != 1.0:
+            if "head_lr" in scpl.model_fields_set and scpl.head_lr != 1.0:
                 raise RecipeError(
                     f"scpl.head_lr: {scpl.head_lr} needs the config's optimizer; one of your own "
                     "says its learning rates itself."

@@ -58,7 +58,10 @@ _NOT_IN_FINGERPRINT = {
 }
 
 
-_ADDED = {"method": "scpl", "freeze_stages": 0, "polish": 0.0, "lookahead": 0, "head_lr": 1.0}
+_ADDED: dict[str, dict[str, Any]] = {
+    "scpl": {"method": "scpl", "freeze_stages": 0, "polish": 0.0, "lookahead": 0, "head_lr": 1.0},
+    "train": {"group_by_length": False},
+}
 """Keys that older recipes do not have, and what they mean then."""
 
 
@@ -74,9 +77,8 @@ def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> s
     for section, keys in _NOT_IN_FINGERPRINT.items():
         parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
     parts["scpl"]["objective"] = _as_computed(parts["scpl"]["objective"])
-    for key, default in _ADDED.items():
-        if parts["scpl"].get(key) == default:
-            parts["scpl"].pop(key)
+    for name, keys in _ADDED.items():
+        parts[name] = {k: v for k, v in parts[name].items() if k not in keys or v != keys[k]}
     for fill in FILLS.values():
         for key in fill.train_keys:  # already in parts["deepspeed"]
             parts["train"].pop(key, None)

@@ -145,10 +145,10 @@ class ScplSection(Section):
     polish: Fraction = 0.0
     """The last part of the optimizer steps, 0.1 for a tenth, is trained end to end as ``bp`` is;
     needs ``sharding: none``."""
-    head_lr: Annotated[float, Field(gt=0, lt=1e6), BeforeValidator(not_bool)] = 1.0
+    head_lr: Annotated[float, Field(gt=0, lt=1e6), BeforeValidator(not_bool)] = 5.0
     """Learning rate of the local objectives' own parameters (projections, classifiers, codes),
-    relative to the layers'. They start from nothing, and layers from a pretrained model: a rate
-    that suits the one may be slow for the other."""
+    relative to the layers'. They start from nothing, and layers from a pretrained model, whose rate
+    is slow for them (docs/quality.md)."""
     lookahead: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0
     """Every local loss stands so many layers behind its stage: behind copies of the next layers, as
     they were before training, which are trained with the stage and thrown away. Costs their memory

@@ -107,7 +107,13 @@ def test_backpropagation_over_two_lanes_averages_their_gradients() -> None:
 @distributed(lambda ranks: ranks)
 def test_joint_early_exits_learn_from_the_sum_of_all_losses(ranks: int) -> None:
     engine = runs.engine(
-        4, dropout=0.0, method="joint", objective="early_exit", accumulation=2, eps=EPS
+        4,
+        dropout=0.0,
+        method="joint",
+        objective="early_exit",
+        accumulation=2,
+        eps=EPS,
+        head_lr=1.0,
     )
     data = runs.batches()
     for _ in range(4):
@@ -253,7 +259,6 @@ def test_a_method_learns_the_same_under_every_backend(name: str, sharding: str, 
             pipeline_ranks=1,
             dropout=0.0,
             eps=EPS,
-            head_lr=5.0,
             **options,
         )
         data = runs.lane(runs.batches(), engine.mesh.dp_rank, 2)

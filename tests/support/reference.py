@@ -38,6 +38,7 @@ class PlainLoop:
         detach: The task head reads detached features.
         dp_rank: Which data-parallel rank this loop plays.
         cross: What a boundary does to the hidden states; as they are by default.
+        head_lr: Learning rate of the objectives' parameters, relative to the bodies'.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class PlainLoop:
         detach: bool = False,
         dp_rank: int = 0,
         cross: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+        head_lr: float = 5.0,
     ) -> None:
-        self.cross = cross
+        self.cross, self.head_lr = cross, head_lr
         self.bodies, self.heads = list(bodies), list(heads)
         self.lr, self.clip, self.accumulation = lr, clip, accumulation
         self.seed, self.detach, self.dp_rank = seed, detach, dp_rank
@@ -62,8 +64,12 @@ class PlainLoop:
             for body, head in zip(self.bodies, self.heads, strict=True)
         ]
         self.optimizers = [
-            torch.optim.AdamW(p, lr=1.0, weight_decay=0.0, fused=True) for p in self.parameters
-        ]
+            torch.optim.AdamW(
+                [{"params": list(m.parameters())} for m in (body, head) if m is not None],
+                lr=1.0, weight_decay=0.0, fused=True,
+            )
+            for body, head in zip(self.bodies, self.heads, strict=True)
+        ]  # fmt: skip
         for module in (*self.bodies, *(head for head in self.heads if head is not None)):
             module.train()
 
@@ -91,7 +97,8 @@ class PlainLoop:
         for optimizer, parameters in zip(self.optimizers, self.parameters, strict=True):
             if self.clip:
                 nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], self.clip)
-            optimizer.param_groups[0]["lr"] = self.lr(number)
+            for group, factor in zip(optimizer.param_groups, (1.0, self.head_lr), strict=False):
+                group["lr"] = factor * self.lr(number)
             optimizer.step()
             optimizer.zero_grad()
 
