@@ -137,7 +137,7 @@ class _Chain(nn.Module):
 
     def __init__(self, stages: Sequence[Stage], micro_batches: int, *, joint: bool) -> None:
         super().__init__()
-        # Torch's stage may train or eval what it is given; these are the run's own modules.
+        # Registered: torch's zero-bubble schedule asks the module for its parameters.
         self.modules_of_stages = nn.ModuleList(stage.module for stage in stages)
         self._stages, self._joint, self._micro_batches = list(stages), joint, micro_batches
         self.number: tuple[int, int] = (0, 0)

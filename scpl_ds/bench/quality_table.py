@@ -36,9 +36,12 @@ def selected(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
-    """The row with the best validation accuracy; of equal ones that of the lowest rate."""
-    by_rate = sorted(rows, key=lambda row: row["learning_rate"])
-    return max(by_rate, key=lambda row: row["validation_accuracy"], default=None)
+    """The row with the best validation accuracy; of equal ones that with the middle rate: the
+    centre of a plateau, which a few hundred validation samples often show."""
+    most = max((row["validation_accuracy"] for row in rows), default=None)
+    equal = [row for row in rows if row["validation_accuracy"] == most]
+    equal.sort(key=lambda row: row["learning_rate"])
+    return equal[(len(equal) - 1) // 2] if equal else None
 
 
 def _order(row: Row) -> tuple[str, int, int]:

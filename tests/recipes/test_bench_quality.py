@@ -126,3 +126,5 @@ def test_the_learning_rate_is_selected_by_validation_and_never_by_test():
     tried = [row(1, 0, 0.8, 0.9), row(2, 0, 0.9, 0.7), row(2, 1, 0.5, 0.5)]
     chosen, others = selected(tried)
     assert chosen == [tried[1], tried[2]] and others == [tried[0]]
+    plateau = [row(rate, 0, 0.9, rate / 9) for rate in (3, 1, 2)]
+    assert selected([*plateau, row(4, 0, 0.8, 1.0)])[0] == [plateau[2]]
