@@ -18,6 +18,7 @@ from scpl_ds.build_checks import (
     constant_or_scheduled,
     nothing_to_train,
     refuse_half,
+    refuse_untied,
 )
 from scpl_ds.build_times import Stopwatch
 from scpl_ds.data.loader import BatchLoader
@@ -313,11 +314,14 @@ def build_engine(
         return build_optimizer(trainable, section, head_lr=scpl.head_lr)
 
     backend.start(mesh)
+    backprop = backprop_of(scpl, section, total_steps)
 
     def stage(k: int) -> Stage:
         own = stage_section(section, scpl, k)
         body = make_body(k)
         refuse_half(body, backend.weights_dtype(own))
+        if backprop is not None:
+            refuse_untied(body, k)
         make = functools.partial(_make_objective, objective, scpl.objective.options, num_labels)
         frozen = k < scpl.freeze_stages
         ahead = None
@@ -357,7 +361,7 @@ def build_engine(
         device=device,
         sync=scpl.sync,
         clip_scope=scpl.clip_scope,
-        backprop=backprop_of(scpl, section, total_steps),
+        backprop=backprop,
     )
 
 

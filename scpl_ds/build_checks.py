@@ -70,6 +70,16 @@ def refuse_half(module: Any, weights: torch.dtype | None) -> None:
             )
 
 
+def refuse_untied(body: Any, k: int) -> None:
+    """Refuse backpropagation over stages that train their own copies of what is one weight."""
+    if untied := getattr(body, "untied", ()):
+        raise RecipeError(
+            f"scpl.method: stage {k} and another each have a copy of one weight "
+            f"({', '.join(untied)}), and backpropagation would teach each only a part of the "
+            "gradient. Use one stage (scpl.stages: 1), or a model with tie_word_embeddings=False."
+        )
+
+
 def nothing_to_train(plan: PartitionPlan, k: int) -> str:
     start, end = plan.span(k)
     layers = f"layer {start}" if end - start == 1 else f"layers {start} to {end - 1}"

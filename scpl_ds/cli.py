@@ -257,9 +257,15 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str, *, key: str, mode: str = "w") -> None:
+    target = path.expanduser()
+    # Beside it first: what is there stays whole if this process is killed meanwhile.
+    whole = mode == "w" and (target.is_file() or not target.exists())  # and no /dev/stdout
+    beside = target.with_name(f".{target.name}.new") if whole else target
     try:
-        with path.expanduser().open(mode) as file:
+        with beside.open(mode) as file:
             file.write(text)
+        if beside != target:
+            beside.replace(target)
     except OSError as error:
         raise RecipeError(
             f"{key} {path}: cannot be written ({error.strerror}); name a file in a folder that "

@@ -186,7 +186,7 @@ class _AlsoLearn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaving: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss
-        return leaving.view_as(leaving)
+        return leaving.clone()  # torch's zero-bubble schedule detaches it in place: no view
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -197,7 +197,8 @@ def joined(batches: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str,
     """Micro-batches behind each other, [M x B, ...], padded on the right to the longest.
 
     Raises:
-        DataError: They hold different inputs, or numbers of rows.
+        DataError: They hold different inputs, or numbers of rows, or would be padded without a mask
+            that says where.
     """
     first = batches[0]
     for other in batches[1:]:
@@ -212,6 +213,12 @@ def joined(batches: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str,
         tensors = [batch[name] for batch in batches]
         if tensors[0].ndim > 1 and len({tensor.shape[1] for tensor in tensors}) > 1:
             longest = max(tensor.shape[1] for tensor in tensors)
+            if "attention_mask" not in first:
+                raise DataError(
+                    f"backpropagation pads the micro-batches of a step to one length ('{name}': "
+                    f"{[t.shape[1] for t in tensors]}), and without an 'attention_mask' nobody "
+                    "would know where. Give one, or micro-batches of one length."
+                )
             fill = {"input_ids": pad_token_id, "labels": IGNORED_LABEL}.get(name, 0)
             after = [0, 0] * (tensors[0].ndim - 2)  # the dimensions behind the positions stay
             tensors = [F.pad(t, (*after, 0, longest - t.shape[1]), value=fill) for t in tensors]

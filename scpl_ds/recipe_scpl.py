@@ -257,6 +257,9 @@ class ScplSection(Section):
         if self.freeze_stages:
             message = f"is the control of local objectives and cannot be used with {end_to_end}"
             problems.append(Problem("freeze_stages", message))
+        if self.method != "scpl" and self.head.detach_features:
+            message = f"must be false: with {end_to_end} the task trains all features"
+            problems.append(Problem("head.detach_features", message))
         if self.method == "joint" and self.objective.trains_last_stage():
             message = f"'{self.objective.name}' is made for detached stages; use early_exit"
             problems.append(Problem("objective", message))

@@ -188,15 +188,17 @@ class Run:
         sizes = self.recipe.deepspeed.batch(self.mesh.dp_size)
         shown = min(sizes.accumulation, 4)
         drawing = draw_schedule(self.recipe, self.engine.num_stages, max(2, shown))
+        together = self.recipe.scpl.method != "scpl" or self.recipe.scpl.clip_scope == "global"
         log.info("%s\n", self._plan_text())
         log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.order, drawing)
         log.info(
             "global batch %d = micro-batch %d x %d micro-batches x %d dp; %d training and %d "
-            "evaluation samples; %d steps (%.2f epochs); clip %g per stage; run folder %s",
+            "evaluation samples; %d steps (%.2f epochs); clip %g %s; run folder %s",
             sizes.global_batch, sizes.micro_batch, sizes.accumulation, self.mesh.dp_size,
             self.data.facts.num_train, self.data.facts.num_eval, self.progress.total_steps,
             self.progress.epoch(self.progress.total_steps),
-            self.recipe.deepspeed.gradient_clipping, self.folder.path,
+            self.recipe.deepspeed.gradient_clipping,
+            "over all stages" if together else "per stage", self.folder.path,
         )  # fmt: skip
 
     def _make_trackers(self, *, resuming: bool) -> TrackerSet:

@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 _OF_A_METHOD = (
-    "method", "objective", "head", "freeze_stages", "polish", "lookahead", "head_lr", "schedule",
+    "method", "objective", "head", "freeze_stages", "polish", "lookahead", "schedule",
 )  # fmt: skip
-"""Keys of the recipe's ``scpl`` section that a method says itself."""
+"""Keys of the recipe's ``scpl`` section that a method says itself; the recipe's play no part."""
 _NO_METHOD = ("sum", "reconstruction")
 """Objectives that are no method by themselves."""
 
@@ -52,6 +52,8 @@ class Trial(NamedTuple):
 def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
     """The command: the table."""
     before = _read(args.json)
+    if args.plot is not None:
+        plot([], args.plot)  # refused now, not after hours
     figures = run(
         load_recipe(args.recipe, args.overrides),
         methods=args.methods,
@@ -85,8 +87,8 @@ def run(
     """Train and score the grid; progress goes to the log.
 
     Args:
-        recipe: Model, data, optimizer, length of the training. Its stages, objective, sharding,
-            trackers and folders play no part.
+        recipe: Model, data, optimizer, length of the training. Its stages, method, objective,
+            sharding, trackers and folders play no part.
         methods: Names: ``bp``, ``joint``, ``freeze``, ``default``, objectives, variants.
         stages: Numbers of stages; ``bp`` is trained once, with one.
         seeds: How many, counted on from ``train.seed``.
@@ -108,6 +110,11 @@ def run(
     variants = variants or {}
     scpl_of = {name: _scpl_of(name, variants) for name in dict.fromkeys(methods)}
     rates = list(learning_rates or [recipe.deepspeed.lr])
+    if learning_rates and isinstance(_peak(recipe), int | float):
+        raise RecipeError(
+            f"--learning-rates: deepspeed.scheduler.params.warmup_max_lr: {_peak(recipe)} is what "
+            'every training would have. Write "auto" there, or leave the scheduler out.'
+        )
     first = recipe.train.seed
     settings = {
         "recipe": _without_run(recipe),
@@ -115,6 +122,7 @@ def run(
         "variants": {name: dict(keys) for name, keys in variants.items() if name in scpl_of},
     }
     done = _earlier(before, settings)
+    settings["variants"] = {**_variants(before), **settings["variants"]}
     cores = len(os.sched_getaffinity(0))
     jobs = jobs or (1 if torch.cuda.is_available() else cores)
     figures: dict[str, Any] = {
@@ -178,6 +186,12 @@ def recipe_of(recipe: Recipe, trial: Trial, scpl: Mapping[str, Any]) -> Recipe:
     return recipe_from_mapping(raw, where=where)
 
 
+def _peak(recipe: Recipe) -> Any:
+    """``warmup_max_lr`` of DeepSpeed's scheduler, which overrules the optimizer's rate."""
+    scheduler = recipe.to_mapping()["deepspeed"].get("scheduler") or {}
+    return (scheduler.get("params") or {}).get("warmup_max_lr")
+
+
 def _common_scpl(recipe: Recipe) -> dict[str, Any]:
     """What all methods take of the recipe's ``scpl`` section."""
     section = recipe.to_mapping()["scpl"]
@@ -199,6 +213,10 @@ def _scpl_of(method: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[
     named |= {
         name: {"objective": name} for name in registry.names("objective") if name not in _NO_METHOD
     }
+    if shadows := sorted(set(named) & set(variants)):
+        raise RecipeError(
+            f"--variants: {', '.join(shadows)} is a method already; give yours another name."
+        )
     named |= variants
     if method not in named:
         raise RecipeError(
@@ -227,6 +245,7 @@ def _without_run(recipe: Recipe) -> dict[str, Any]:
 
 def _read(path: Path | None) -> dict[str, Any] | None:
     """What an earlier call has written to ``--json``."""
+    path = None if path is None else path.expanduser()
     if path is None or not path.is_file() or not (text := path.read_text()).strip():
         return None
     try:
@@ -244,8 +263,9 @@ def _earlier(before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> d
         return {}
     found, asked = before.get("settings", {}), json.loads(json.dumps(settings))
     changed = [key for key in ("recipe", "validation") if found.get(key) != asked[key]]
-    for name in set(found.get("variants", {})) & set(asked["variants"]):
-        if found["variants"][name] != asked["variants"][name]:
+    known = _variants(before)
+    for name in set(known) & set(asked["variants"]):
+        if known[name] != asked["variants"][name]:
             changed.append(f"variant {name}")
     if changed:
         raise RecipeError(
@@ -256,6 +276,11 @@ def _earlier(before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> d
     log.info("%d trainings are done already", len(rows))
     keys = Trial._fields
     return {Trial(*(row[key] for key in keys)): dict(row) for row in rows if "error" not in row}
+
+
+def _variants(before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Methods of their own that an earlier call knew, also those that this one does not ask for."""
+    return {} if before is None else dict(before.get("settings", {}).get("variants", {}))
 
 
 def _say(row: Row, done: int) -> None:

@@ -56,11 +56,10 @@ def cells(rows: Sequence[Row]) -> dict[Cell, list[Row]]:
     return found
 
 
-def against_bp(rows: Sequence[Row], cell: Sequence[Row]) -> float | None:
-    """Mean over the seeds of the test accuracy minus bp's of the same seed; None without bp."""
+def against_bp(rows: Sequence[Row], cell: Sequence[Row]) -> list[float]:
+    """Test accuracy minus bp's of the same seed, one a seed that bp has."""
     bp = {row["seed"]: row["test_accuracy"] for row in rows if row["method"] == "bp"}
-    pairs = [row["test_accuracy"] - bp[row["seed"]] for row in cell if row["seed"] in bp]
-    return statistics.fmean(pairs) if pairs else None
+    return [row["test_accuracy"] - bp[row["seed"]] for row in cell if row["seed"] in bp]
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -74,10 +73,10 @@ def render(rows: Sequence[Row]) -> str:
     best_first = sorted(by_cell, key=lambda cell: (cell[1], -_mean(by_cell[cell], "test_accuracy")))
     for cell in best_first:
         own = by_cell[cell]
-        gap = against_bp(rows, own)
+        gaps = against_bp(rows, own)
         lines.append(
             f"| {cell[0]} | {cell[1]} | {spread(own, 'test_accuracy')} "
-            f"| {'-' if gap is None else f'{100 * gap:+.2f}'} "
+            f"| {_percent(gaps, '+.2f') if gaps and cell[0] != 'bp' else '-'} "
             f"| {spread(own, 'validation_accuracy')} | {own[0]['learning_rate']:g} | {len(own)} "
             f"| {_mean(own, 'samples_per_s'):.0f} |"
         )
@@ -86,9 +85,13 @@ def render(rows: Sequence[Row]) -> str:
 
 def spread(rows: Sequence[Row], key: str) -> str:
     """``85.21 ± 0.31`` in percent; the sample standard deviation, where there are two seeds."""
-    values = [100 * row[key] for row in rows]
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+    return _percent([row[key] for row in rows])
+
+
+def _percent(values: Sequence[float], form: str = ".2f") -> str:
+    parts = [100 * value for value in values]
+    deviation = f" ± {statistics.stdev(parts):.2f}" if len(parts) > 1 else ""
+    return f"{statistics.fmean(parts):{form}}{deviation}"
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -99,7 +102,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """Test accuracy against the number of stages, and against the seconds of a training.
 
     Raises:
-        RecipeError: matplotlib is not installed.
+        RecipeError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
@@ -123,5 +126,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         by_time.plot(seconds, means, marker="o", linestyle="none", color=colour, label=method)
     by_stages.set(xlabel="stages", ylabel="test accuracy, %")
     by_time.set(xlabel="seconds of training, all stages in one process")
-    by_stages.legend(fontsize="small")
-    figure.savefig(path)
+    if rows:
+        by_stages.legend(fontsize="small")
+    try:
+        figure.savefig(path.expanduser())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--plot {path}: cannot be drawn: {error}") from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from scpl_ds.objectives._base import (
@@ -24,12 +24,20 @@ class WeightedSumOptions(ObjectiveOptions):
     parts: tuple[PartChoice, ...] = Field(min_length=1)
     """Objectives, each ``{name: ..., weight: 1.0, <its options>}``."""
 
+    @model_validator(mode="after")
+    def _one_answers_for_the_task(self) -> Self:
+        twice = [part.name for part in self.parts if part.trains_last_stage()]
+        if len(twice) > 1:
+            raise ValueError(f"{' and '.join(twice)} both make the codes of the labels; keep one")
+        return self
+
 
 class WeightedSum(Objective):
     """The weighted sum of other objectives' losses.
 
     Metrics are theirs, and ``<name>_loss`` of each; those of a second part of one name end in
-    ``_2``. The first part that can classify answers.
+    ``_2``. The first part that can classify answers, but for one that scores in the place of the
+    task head, which goes before.
     """
 
     Options: ClassVar[type[BaseModel]] = WeightedSumOptions
@@ -97,7 +105,7 @@ class WeightedSum(Objective):
 
     def answer(self, view: StageView) -> Answer:
         logits, extras = None, {}
-        for part in self._each:
+        for part in sorted(self._each, key=lambda part: not part.replaces_head):
             answer = part.answer(view)
             logits = answer.logits if logits is None else logits
             extras |= answer.extras

@@ -227,6 +227,8 @@ class StageModule(nn.Module):
         self.start, self.end, self.num_layers = start, end, anatomy.num_layers
         self.is_first, self.is_last = start == 0, end == anatomy.num_layers
         self.hidden_size = anatomy.hidden_size
+        self.untied = tuple(f"{t} from {s}" for t, s in anatomy.crossing_ties(start, end).items())
+        """Weights that are one in the whole model, with an end on this stage and one on another."""
         self._relay = relay
         self._layers, self._last_layer = anatomy.layers, f"{anatomy.layers}.{end - 1}"
         self._use_cache_off = use_cache_off(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class FrozenBackend(StageBackend):
     @torch.no_grad()
     def forward(self, **inputs: Any) -> dict[str, Any]:
         half = self._dtype != torch.float32
-        autocast = torch.autocast(self.device.type, dtype=self._dtype)
-        with autocast if half else contextlib.nullcontext():
+        autocast = functools.partial(torch.autocast, self.device.type, dtype=self._dtype)
+        with autocast() if half else contextlib.nullcontext():
             return self.module(**inputs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -4,16 +4,18 @@ end-to-end ones what backpropagation of the whole model does."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from scpl_ds.errors import RecipeError
+from scpl_ds.engine_backprop import joined
+from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.objectives._base import StageView
 from tests.support import runs
 from tests.support.distributed import distributed, run_ranks
+from tests.support.reference import PlainLoop, seed_of
 
 pytestmark = pytest.mark.forks
 
@@ -103,13 +105,16 @@ def test_backpropagation_over_two_lanes_averages_their_gradients() -> None:
     runs.assert_equal(runs.weights_of_engine(engine), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@distributed(lambda ranks: ranks)
-def test_joint_early_exits_learn_from_the_sum_of_all_losses(ranks: int) -> None:
+@pytest.mark.parametrize(
+    "schedule, ranks", [("1f1b", 1), ("1f1b", 2), ("1f1b", 4), ("zero_bubble", 4)]
+)
+@distributed(lambda schedule, ranks: ranks)
+def test_joint_early_exits_learn_from_the_sum_of_all_losses(schedule: str, ranks: int) -> None:
     engine = runs.engine(
         4,
         dropout=0.0,
         method="joint",
+        schedule=schedule,
         objective="early_exit",
         accumulation=2,
         eps=EPS,
@@ -166,8 +171,6 @@ def test_frozen_stages_stay_as_they_are_and_the_others_learn_without_their_dropo
             with torch.no_grad():
                 for body in loop.bodies[:2]:
                     hidden = body(batch, hidden).hidden_states
-            from tests.support.reference import seed_of
-
             last = loop.bodies[2]
             torch.manual_seed(seed_of(runs.SEED, number, _, last.start, 0))
             (last(batch, hidden).loss / 2).backward()
@@ -178,36 +181,43 @@ def test_frozen_stages_stay_as_they_are_and_the_others_learn_without_their_dropo
     assert bool(frozen) == any(stage.index < 2 for stage in engine.stages)
 
 
+def built(stages: int, *, dropout: float = 0.1, **options: Any) -> Any:
+    """An engine of 4 steps on this process alone, which knows what a recipe does: how many steps
+    there will be, and where layers lie."""
+    from scpl_ds.build import build_engine
+    from scpl_ds.distributed.mesh import Mesh
+    from scpl_ds.partition.anatomy import analyze
+    from scpl_ds.partition.plan import make_plan
+    from scpl_ds.partition.stage_module import stage_from_model
+    from scpl_ds.recipe import recipe_from_ds_config
+    from scpl_ds.stage import as_body
+
+    anatomy = analyze(runs.model())
+    scpl, section = recipe_from_ds_config(runs.config(stages, **options))
+    plan = make_plan(anatomy, stages, "uniform")
+    cpu = torch.device("cpu")
+
+    def span(start: int, end: int, k: int) -> Any:
+        return as_body(stage_from_model(runs.model(dropout=dropout), anatomy, start, end))
+
+    return build_engine(
+        plan,
+        lambda k: span(*plan.span(k), k),
+        scpl,
+        section,
+        Mesh(1, 1, cpu, timeout_s=20),
+        cpu,
+        num_labels=runs.CLASSES,
+        seed=runs.SEED,
+        lr_at=lambda step: 1e-3,
+        total_steps=4,
+        make_span=span,
+    )
+
+
 def test_polish_trains_the_last_part_end_to_end() -> None:
     def body() -> None:
-        from scpl_ds.build import build_engine
-        from scpl_ds.distributed.mesh import Mesh
-        from scpl_ds.partition.anatomy import analyze
-        from scpl_ds.partition.plan import make_plan
-        from scpl_ds.partition.stage_module import stage_from_model
-        from scpl_ds.recipe import recipe_from_ds_config
-        from scpl_ds.stage import as_body
-
-        def engine(polish: float) -> Any:
-            whole = runs.model(dropout=0.0)
-            anatomy = analyze(whole)
-            scpl, section = recipe_from_ds_config(runs.config(2, polish=polish, eps=EPS))
-            plan = make_plan(anatomy, 2, "uniform")
-            cpu = torch.device("cpu")
-            return build_engine(
-                plan,
-                lambda k: as_body(stage_from_model(whole, anatomy, *plan.span(k))),
-                scpl,
-                section,
-                Mesh(1, 1, cpu, timeout_s=20),
-                cpu,
-                num_labels=runs.CLASSES,
-                seed=runs.SEED,
-                lr_at=lambda step: 1e-3,
-                total_steps=4,
-            )
-
-        polished, plain = engine(0.5), engine(0.0)
+        polished, plain = (built(2, dropout=0.0, polish=part, eps=EPS) for part in (0.5, 0.0))
         data = [next(runs.batches(seed=n)) for n in range(4)]
         for running in (polished, plain):
             feed = iter(data)
@@ -226,6 +236,91 @@ def test_polish_trains_the_last_part_end_to_end() -> None:
             assert not moved or not name.startswith("scpl_heads"), name
 
     run_ranks(1, body)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_local_loss_behind_copies_trains_what_a_plain_loop_does(stages: int) -> None:
+    """With 4 stages of a layer the third looks to the end of the model, whose loss is added. What
+    leaves a stage is what its own layers gave."""
+
+    def body() -> None:
+        from scpl_ds.partition.anatomy import analyze
+        from scpl_ds.partition.stage_module import stage_from_model
+
+        found = built(stages, lookahead=1)
+        anatomy = analyze(runs.model())
+
+        class Looking(PlainLoop):
+            ahead: ClassVar[dict[int, Any]] = {}
+
+            def __init__(self, bodies: Any, heads: Any, **options: Any) -> None:
+                super().__init__(bodies, heads, **options)
+                for k, end in enumerate(found.plan.bounds[1:-1]):
+                    copies = stage_from_model(runs.model(), anatomy, end, end + 1).train()
+                    self.ahead[k] = copies
+                    self.parameters[k] += copies.parameters()
+                    self.optimizers[k].param_groups[0]["params"] += copies.parameters()
+
+            def gradients(self, number: int, batches: Any) -> list[float]:
+                batch, hidden = next(batches), None
+                for k, (stage, head) in enumerate(zip(self.bodies, self.heads, strict=True)):
+                    torch.manual_seed(seed_of(self.seed, number, 0, stage.start, 0))
+                    output = stage(batch, hidden)
+                    loss = output.loss
+                    if head is not None:
+                        beyond = self.ahead[k](batch, output.hidden_states)
+                        loss = head.learn(StageView(beyond.hidden_states, hidden, batch, {})).loss
+                        assert (beyond.loss is None) == (stage.end + 1 < runs.LAYERS)
+                        loss = loss if beyond.loss is None else loss + beyond.loss
+                    loss.backward()
+                    hidden = output.hidden_states.detach()
+                return []
+
+        loop = runs.plain_loop(found, make=Looking)
+        data, same = runs.batches(), runs.batches()
+        for number in range(STEPS):
+            found.train_batch(data)
+            loop.step(number, same)
+        weights = {n: t for n, t in runs.weights_of_engine(found).items() if ".ahead." not in n}
+        assert any("scpl_heads" in name for name in weights)
+        runs.assert_equal(weights, runs.weights_of_loop(loop), rtol=1e-5, atol=1e-6)
+
+    run_ranks(1, body)
+
+
+@pytest.mark.parametrize("sharding, zero", [("ddp", 0), ("fsdp", 3), ("deepspeed", 1)])
+@distributed(2)
+def test_frozen_stages_go_with_every_backend_and_data_parallel_copies(
+    sharding: str, zero: int
+) -> None:
+    found = []
+    for options in ({"sharding": "none"}, {"sharding": sharding, "zero": zero}):
+        engine = runs.engine(3, freeze_stages=2, pipeline_ranks=1, dropout=0.0, eps=EPS, **options)
+        data = runs.lane(runs.batches(), engine.mesh.dp_rank, 2)
+        for _ in range(5):
+            engine.train_batch(data)
+        found.append(runs.weights_of_engine(engine))
+    runs.assert_equal(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_on_two_stages_is_refused_where_gradients_cross_stages() -> None:
+    def body() -> None:
+        import scpl_ds
+        from tests.support import models
+
+        tied = models.build(models.BY_TYPE["gpt2"].config(), "causal-lm")
+        with pytest.raises(RecipeError, match=r"copy of one weight \(lm_head.weight from .*wte"):
+            scpl_ds.initialize(model=tied, config=runs.config(2, method="bp"))
+
+    run_ranks(1, body)
+
+
+def test_micro_batches_are_not_padded_without_a_mask() -> None:
+    ids = torch.ones(2, 4, dtype=torch.long)
+    same = joined([{"input_ids": ids}, {"input_ids": ids}], 0)
+    assert same["input_ids"].shape == (4, 4)
+    with pytest.raises(DataError, match=r"'input_ids': \[4, 3\].*'attention_mask'"):
+        joined([{"input_ids": ids}, {"input_ids": ids[:, :3]}], 0)
 
 
 def whole_gradients(engine: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

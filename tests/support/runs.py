@@ -89,7 +89,13 @@ def engine(stages: int, **options: Any) -> scpl_ds.Engine:
     return scpl_ds.initialize(model=whole, config=config(stages, **options), seed=SEED).engine
 
 
-def plain_loop(like: scpl_ds.Engine, *, accumulation: int = 1, **options: Any) -> PlainLoop:
+def plain_loop(
+    like: scpl_ds.Engine,
+    *,
+    accumulation: int = 1,
+    make: type[PlainLoop] = PlainLoop,
+    **options: Any,
+) -> PlainLoop:
     """The plain loop over the cut and the starting weights of an engine's configuration."""
     whole = model(dropout=options.pop("dropout", 0.1))
     objective = options.pop("objective", {})
@@ -106,7 +112,7 @@ def plain_loop(like: scpl_ds.Engine, *, accumulation: int = 1, **options: Any) -
             head = choice.create(hidden_size=anatomy.hidden_size, num_labels=CLASSES)
             head.attach(bodies[-1])
         heads.append(head)
-    return PlainLoop(
+    return make(
         bodies,
         heads,
         lr=like.lr_at,

@@ -75,6 +75,7 @@ def test_loss_and_gradient_are_finite_for_hard_batches(name: str):
     padded = view()
     mask = padded.inputs["attention_mask"].clone()
     mask[2] = 0
+    nowhere = padded.hidden_states.detach().masked_fill(~mask.bool()[..., None], float("nan"))
     no_class = torch.full((B,), -100)
     some = no_class.clone()
     some[:2] = torch.tensor([0, 1])
@@ -82,7 +83,7 @@ def test_loss_and_gradient_are_finite_for_hard_batches(name: str):
         view(rows=1),
         view(labels=no_class),
         view(labels=some),
-        view(attention_mask=mask),
+        view(attention_mask=mask)._replace(hidden_states=nowhere.requires_grad_()),
     ):
         objective.zero_grad()
         output = objective.learn(case)
@@ -305,6 +306,19 @@ def test_a_sum_is_the_weighted_sum_of_its_parts():
     assert {"valid_anchor_fraction", "exit_accuracy"} <= set(output.metrics)
     assert whole.flops(4, 8) == sum(part.flops(4, 8) for part in whole.parts)
     assert whole.answer(given).logits is not None
+
+
+def test_in_a_sum_the_codes_answer_before_a_classifier():
+    block = Block()
+    block.is_last = True
+    parts = [{"name": "early_exit"}, {"name": "associated", "label_dim": 8}]
+    whole = make(parts, block)
+    given = view()
+    extras = whole.learn(given).extras
+    given = given._replace(extras=extras)
+    codes, classifier = whole.parts[1].answer(given), whole.parts[0].answer(given)
+    assert codes.logits is not None and classifier.logits is not None
+    torch.testing.assert_close(whole.answer(given).logits, codes.logits, rtol=0, atol=0)
 
 
 def test_a_sum_tells_its_parts_when_a_step_is_done_or_dropped():

@@ -41,6 +41,7 @@ def test_a_weight_can_be_set_on_the_command_line(tmp_path):
     "objective, message",
     [
         ([], "parts"),
+        ([{"name": "associated"}, {"name": "associated"}], "both make the codes"),
         ([{"name": "supcon", "weight": 0}], "greater than 0"),
         ([{"name": "supcom"}], "did you mean 'supcon'"),
         ([{"name": "supcon", "tau": 1}], "tau"),
@@ -58,6 +59,8 @@ def test_what_is_wrong_with_an_objective_is_named(objective: Any, message: str):
         ({"method": "bp", "sharding": "ddp"}, ["scpl.sharding", "needs sharding: 'none'"]),
         ({"method": "bp", "boundary_dtype": "bf16"}, ["scpl.boundary_dtype"]),
         ({"method": "bp", "zero_stages": [0, 0]}, ["scpl.zero_stages"]),
+        ({"method": "bp", "head": {"detach_features": True}}, ["head.detach_features", "false"]),
+        ({"method": "joint", "head": {"detach_features": "both"}}, ["head.detach_features"]),
         ({"method": "bp", "polish": 0.1}, ["scpl.polish", "nothing to polish"]),
         ({"method": "joint", "freeze_stages": 1}, ["scpl.freeze_stages", "joint"]),
         ({"method": "joint", "objective": "associated"}, ["scpl.objective", "use early_exit"]),
