@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -40,6 +40,19 @@ class Point(NamedTuple):
     average_depth: float
     """Mean share of the layers that a sample went through, in (0, 1]."""
     samples_per_s: float
+
+
+def refuse_heads(choice: ObjectiveChoice) -> None:
+    """
+    Raises:
+        RecipeError: Heads of such an objective cannot classify.
+    """
+    if not choice.can_answer():
+        raise RecipeError(
+            f"scpl.objective: heads of '{choice.name}' cannot classify, so no sample can leave "
+            "early. Train with early_exit, dascpl, deinforeg, predsim or associated, or a list "
+            "with one of them."
+        )
 
 
 class EarlyExitModel(nn.Module):
@@ -78,11 +91,13 @@ class EarlyExitModel(nn.Module):
         folder = Path(folder)
         if not (folder / HEADS_CONFIG).is_file():
             raise CheckpointError(
-                f"{folder} has no {HEADS_CONFIG}: it was not exported from a run with local heads. "
-                "Export a run of `scpl-ds train` again."
+                f"{folder} has no {HEADS_CONFIG}: it was not exported from a run of "
+                "`scpl-ds train` whose stages have local heads (scpl.method: bp and scpl.lookahead "
+                "leave none that answer)."
             )
         facts = json.loads((folder / HEADS_CONFIG).read_text())
         choice = ObjectiveChoice.model_validate(facts["objective"])
+        refuse_heads(choice)
         model = load_exported(folder, task)
         anatomy = analyze(model)
         spans = list(zip(facts["bounds"], facts["bounds"][1:], strict=False))
@@ -99,16 +114,7 @@ class EarlyExitModel(nn.Module):
             head.attach(stage)
             head.load_state_dict(state)
             heads[number] = head.eval()
-        return cls(stages, heads, anatomy.num_layers)._checked(choice.name)
-
-    def _checked(self, name: str) -> Self:
-        if not any(head is not None and head.can_answer for _, head in self._walk):
-            raise RecipeError(
-                f"scpl.objective: heads of '{name}' cannot classify, so no sample can leave early. "
-                "Train with early_exit, dascpl, deinforeg, predsim or associated, or a list with "
-                "one of them."
-            )
-        return self
+        return cls(stages, heads, anatomy.num_layers)
 
     @torch.inference_mode()
     def forward(

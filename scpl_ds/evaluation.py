@@ -18,7 +18,7 @@ from scpl_ds.batch import Evaluated
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.early_exit import EarlyExitModel, Point, curve
+from scpl_ds.early_exit import EarlyExitModel, Point, curve, refuse_heads
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.export import MODEL_FILES, export_checkpoint
@@ -156,12 +156,14 @@ def evaluate_run(
     Raises:
         DataError: The recipe's data has no evaluation split, or labels the run does not know.
         CheckpointError: The checkpoint is incomplete or of another model.
-        RecipeError: There is no folder to write ``logits_file`` into.
+        RecipeError: There is no folder to write ``logits_file`` into, or no head to leave at.
     """
     if logits_file is not None and not logits_file.absolute().parent.is_dir():
         raise RecipeError(
             f"--logits {logits_file}: the folder {logits_file.absolute().parent} does not exist."
         )
+    if exit_thresholds or exit_patiences:
+        _refuse_exits(recipe)
     mesh, device = start_world(recipe)
     data = load_data(recipe, mesh, trained=folder / MODEL_FILES)
     model = together(mesh, lambda: cut_model(recipe, data.facts))
@@ -189,6 +191,17 @@ def evaluate_run(
         )
         found |= {"early_exit": [point._asdict() for point in points]} if points else {}
     return found
+
+
+def _refuse_exits(recipe: Recipe) -> None:
+    scpl = recipe.scpl
+    refuse_heads(scpl.objective)
+    if scpl.lookahead or not any(map(scpl.has_objective, range(scpl.stages))):
+        found = {"method": scpl.method, "lookahead": scpl.lookahead, "stages": scpl.stages}
+        raise RecipeError(
+            "--exit-threshold, --exit-patience: this run has no local head that answers for its "
+            f"stage (scpl: {found}). Train without method: bp and lookahead."
+        )
 
 
 def _curve(

@@ -131,6 +131,8 @@ def _choice_schema(choice: type[Named], defs: dict[str, Any]) -> dict[str, Any]:
     for model, names in _options(choice.kind).items():
         schema = model.model_json_schema()
         defs.update(schema.pop("$defs", {}))
+        for short, name in getattr(model, "short_names", {}).items():
+            schema["properties"][short] = schema["properties"][name]
         variants.append(
             {
                 "type": "object",

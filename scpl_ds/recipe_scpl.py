@@ -31,6 +31,10 @@ class ObjectiveChoice(Named):
         """Whether it means the same behind copies of the next layers."""
         return self.resolve().looks_ahead(self.options)
 
+    def can_answer(self) -> bool:
+        """Whether its heads classify."""
+        return self.resolve().can_answer(self.options)
+
 
 class PartChoice(ObjectiveChoice):
     """One objective of a sum."""

@@ -30,6 +30,8 @@ from scpl_ds.registry import did_you_mean
 class FileOptions(ColumnOptions):
     """Options of ``csv``, ``tsv``, ``jsonl`` and ``parquet``."""
 
+    short_names: ClassVar[dict[str, str]] = {"train": "train_file", "eval": "eval_file"}
+
     train_file: AbsolutePath | None = None
     """File to train on, ``train`` for short. Only a run that evaluates alone may leave it out."""
     eval_file: AbsolutePath | None = None
@@ -49,11 +51,11 @@ class FileOptions(ColumnOptions):
         if not isinstance(value, Mapping):
             return value
         long = dict(value)
-        for short in ("train", "eval"):
+        for short, name in cls.short_names.items():
             if short in long:
-                if long.get(f"{short}_file") is not None:
-                    raise ValueError(f"{short} and {short}_file are the same; keep one")
-                long[f"{short}_file"] = long.pop(short)
+                if long.get(name) is not None:
+                    raise ValueError(f"{short} and {name} are the same; keep one, or set {short}")
+                long[name] = long.pop(short)
         return long
 
     @model_validator(mode="after")

@@ -70,6 +70,11 @@ class WeightedSum(Objective):
         parts = options.parts if isinstance(options, WeightedSumOptions) else ()
         return all(part.looks_ahead() for part in parts)
 
+    @classmethod
+    def can_answer(cls, options: BaseModel) -> bool:
+        parts = options.parts if isinstance(options, WeightedSumOptions) else ()
+        return any(part.can_answer() for part in parts)
+
     def attach(self, body: nn.Module) -> None:
         for part in self._each:
             part.attach(body)
@@ -98,10 +103,6 @@ class WeightedSum(Objective):
             extras |= output.extras
         assert loss is not None, "Options asks for one part at least"
         return ObjectiveOutput(loss, metrics, extras)
-
-    @property
-    def can_answer(self) -> bool:
-        return any(part.can_answer for part in self._each)
 
     def answer(self, view: StageView) -> Answer:
         logits, extras = None, {}

@@ -82,6 +82,44 @@ def test_figures_of_other_settings_are_refused(tmp_path: Path):
         )
 
 
+def test_a_variant_keeps_its_meaning_over_calls_that_do_not_ask_for_it(tmp_path: Path):
+    asked: dict[str, Any] = {"stages": (2,), "seeds": 1}
+    sharp = {"objective": {"name": "supcon", "temperature": 0.05}}
+    one = recipe(tmp_path)
+    figures = quality.run(one, methods=("sharp",), variants={"sharp": sharp}, **asked)
+    figures = quality.run(one, methods=("freeze",), before=figures, **asked)
+    assert {row["method"] for row in figures["rows"]} == {"sharp", "freeze"}
+    with pytest.raises(RecipeError, match="another variant sharp"):
+        other = {"sharp": {"objective": "early_exit"}}
+        quality.run(one, methods=("sharp",), variants=other, before=figures, **asked)
+
+
+def test_what_could_not_mean_what_it_says_is_refused_before_anything_is_trained(tmp_path: Path):
+    mapping = tiny.make(tmp_path)
+    with pytest.raises(RecipeError, match="--variants: supcon is a method already"):
+        quality.run(
+            recipe_from_mapping(mapping), methods=("supcon",), stages=(2,), seeds=1,
+            variants={"supcon": {"lookahead": 1}},
+        )  # fmt: skip
+    params = {"warmup_max_lr": 1e-3, "warmup_num_steps": 2}
+    mapping["deepspeed"]["scheduler"] = {"type": "WarmupLR", "params": params}
+    for key in ("lr_scheduler_type", "warmup_ratio", "warmup_steps"):
+        mapping["train"].pop(key, None)
+    with pytest.raises(RecipeError, match=r"warmup_max_lr: 0\.001 is what every training"):
+        quality.run(
+            recipe_from_mapping(mapping), methods=("bp",), stages=(2,), seeds=1,
+            learning_rates=(1e-4,),
+        )  # fmt: skip
+
+
+def test_keys_of_the_recipe_that_no_method_says_hold_for_all_of_them(tmp_path: Path):
+    mapping = tiny.make(tmp_path)
+    mapping["scpl"] |= {"head_lr": 2.0, "objective": {"name": "supcon", "temperature": 0.5}}
+    asked = quality.Trial("default", 2, 42, 1e-3)
+    own = quality.recipe_of(recipe_from_mapping(mapping), asked, {}).scpl
+    assert own.head_lr == 2.0 and own.objective.options.temperature == 0.1
+
+
 def test_a_method_that_fails_is_a_trial_with_its_error(tmp_path: Path):
     figures = quality.run(recipe(tmp_path), methods=("supcon", "bp"), stages=(9,), seeds=1)
     assert [row["method"] for row in figures["rows"]] == ["bp"]

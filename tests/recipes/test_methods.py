@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,6 +170,24 @@ def test_an_evaluation_says_what_leaving_early_costs(name: str, freeze: int, tmp
         assert ("val/accuracy_after_layer_1" in found) == (freeze == 0)
 
     run_ranks(1, body)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"objective": "supcon"}, "'supcon' cannot classify"),
+        ({"objective": ["supcon", "reconstruction"]}, "'sum' cannot classify"),
+        ({"objective": "early_exit", "method": "bp"}, "no local head .*'bp'"),
+        ({"objective": "early_exit", "lookahead": 1}, "no local head .*'lookahead': 1"),
+    ],
+)
+def test_who_cannot_leave_early_is_told_before_anything_is_scored(
+    keys: dict[str, Any], message: str, tmp_path: Path
+):
+    mapping = tiny.make(tmp_path)
+    mapping["scpl"] |= keys
+    with pytest.raises(RecipeError, match=message):
+        evaluate_run(recipe_from_mapping(mapping), tmp_path, exit_thresholds=[0.9])
 
 
 def test_heads_that_cannot_classify_let_nobody_leave(tmp_path: Path):
