@@ -29,7 +29,7 @@ class DeInfoRegOptions(ProjectionOptions):
     """Head between the pooled vector and the loss; ``identity`` for language, as the authors'."""
     variance: NonNegativeFloat = 1.0
     """Weight of the term that keeps every feature's spread over the batch from vanishing. With rows
-    of length 1 it hardly moves (the authors'; docs/numerics.md)."""
+    of length 1 it hardly moves (the authors'; docs/objectives.md)."""
     invariance: NonNegativeFloat = 1.0
     """Weight of the term that makes rows as similar as their classes."""
     covariance: NonNegativeFloat = 1.0
