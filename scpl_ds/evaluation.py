@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scpl_ds.batch import Evaluated
+from scpl_ds.data.language import IGNORED, targets_of
 from scpl_ds.data.loader import BatchLoader
+from scpl_ds.data.prepared import Data, make_eval_loader, whole_eval_loader
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.early_exit import EarlyExitModel, Point, curve, refuse_heads
@@ -24,16 +27,7 @@ from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.export import MODEL_FILES, export_checkpoint
 from scpl_ds.objectives._probe import Probe
 from scpl_ds.recipe import Recipe
-from scpl_ds.setup import (
-    Data,
-    cut_model,
-    load_data,
-    make_engine,
-    make_eval_loader,
-    start_world,
-    together,
-    whole_eval_loader,
-)
+from scpl_ds.setup import cut_model, load_data, make_engine, start_world, together
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +38,23 @@ class Score:
 
     correct: int = 0
     total: int = 0
+    """Samples; of a language model, tokens."""
     loss_sum: float = 0.0
     exits: dict[int, int] = dataclasses.field(default_factory=dict)
     """Layer -> how many the local head behind it got right."""
+    tokens: bool = False
+    """What was counted are tokens."""
 
     def add(
         self, logits: Tensor, labels: Tensor, exits: Mapping[int, Tensor] | None = None
     ) -> None:
-        """Count one micro-batch: logits [B, C], labels int64 [B], and the exits' logits."""
+        """Count one micro-batch: logits [B, C], labels int64 [B], and the exits' logits. Of a
+        language model logits [B, T, V] and labels [B, T], each position scored by the next label.
+        """
+        if labels.ndim == 2:
+            targets = targets_of(labels)
+            logits, labels = logits[targets != IGNORED], targets[targets != IGNORED]
+            self.tokens = True
         scores = logits.float()
         self.correct += int((scores.argmax(-1) == labels).sum())
         self.total += len(labels)
@@ -65,14 +68,23 @@ class Score:
         self.correct += other.correct
         self.total += other.total
         self.loss_sum += other.loss_sum
+        self.tokens |= other.tokens
         for layer, right in other.exits.items():
             self.exits[layer] = self.exits.get(layer, 0) + right
 
     def metrics(self) -> dict[str, float]:
         """``val/accuracy`` in [0, 1] and ``val/loss`` (cross-entropy, nats); with local heads that
-        classify, ``val/accuracy_after_layer_<number>`` of each."""
+        classify, ``val/accuracy_after_layer_<number>`` of each. Of a language model ``val/loss`` a
+        token, ``val/perplexity`` and ``val/token_accuracy``."""
         if self.total == 0:
             return {}
+        if self.tokens:
+            loss = self.loss_sum / self.total
+            return {
+                "val/loss": loss,
+                "val/perplexity": math.exp(min(loss, 700.0)),
+                "val/token_accuracy": self.correct / self.total,
+            }
         exits = {
             f"val/accuracy_after_layer_{layer}": right / self.total
             for layer, right in sorted(self.exits.items())

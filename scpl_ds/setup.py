@@ -9,23 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from scpl_ds import checkpoint, registry
 from scpl_ds.build import build_engine, plan_stages, stage_section
 from scpl_ds.build_times import Stopwatch, from_rank_0
-from scpl_ds.data._base import DataOptions, check_labels
-from scpl_ds.data._columns import ColumnOptions
 from scpl_ds.data.demo import resolve_model_path
-from scpl_ds.data.loader import BatchLoader
-from scpl_ds.data.text import Collator, TokenizedDataset, lengths_of, load_tokenizer, tokenize
+from scpl_ds.data.prepared import Data, Facts, read
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.engine import Engine
-from scpl_ds.errors import CheckpointError, DataError, OtherRankFailed, RecipeError, ScplError
+from scpl_ds.errors import OtherRankFailed, ScplError
 from scpl_ds.optim import lr_schedule
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
@@ -39,35 +35,6 @@ from scpl_ds.stage import StageBody, as_body
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-AHEAD = 2  # micro-batches that are ready before a GPU asks for them
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What every rank must know about data that only first-stage ranks read."""
-
-    num_labels: int
-    label_names: tuple[str, ...]
-    pad_token_id: int
-    num_train: int
-    num_eval: int
-    majority_accuracy: float | None
-    """Accuracy of always answering the most frequent label of the evaluation split."""
-    times: LayerTimes | None = None
-    """With ``scpl.partition: time``, what rank 0 measured."""
-    kept_bounds: tuple[int, ...] | None = None
-    """Or the cut that a resumed or scored run has already."""
-
-
-@dataclasses.dataclass
-class Data:
-    """Tokenised splits on first-stage ranks; only their sizes elsewhere."""
-
-    facts: Facts
-    tokenizer: Any
-    train: TokenizedDataset | range
-    eval: TokenizedDataset | range
 
 
 @dataclasses.dataclass
@@ -86,12 +53,6 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
     Raises:
         RecipeError: The number of ranks does not fit the recipe, or its task cannot be trained.
     """
-    if recipe.model.task != "sequence-classification":
-        raise RecipeError(
-            f"model.task: '{recipe.model.task}' can be cut and planned, but not trained by a "
-            "recipe yet: the local objectives need one class label per sample. Use "
-            "sequence-classification."
-        )
     env = RankEnv.current()
     pipeline_ranks, dp_size = check_world(recipe, env.world_size)
     recipe.deepspeed.batch(dp_size)  # refuses batch sizes that do not fit
@@ -134,7 +95,7 @@ def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Dat
             folder. Its classes hold, nothing is tokenised for training, and no training data are
             needed.
     """
-    data = together(mesh, lambda: _read(recipe, trained) if mesh.pp_rank == 0 else None)
+    data = together(mesh, lambda: read(recipe, trained) if mesh.pp_rank == 0 else None)
     facts: Facts = broadcast_object(mesh, data.facts if data is not None else None)
     if recipe.scpl.partition == "time":
         facts = from_rank_0(mesh, lambda: _with_cut(recipe, facts, trained))
@@ -173,75 +134,6 @@ def _measure(recipe: Recipe, config: Any, anatomy: Anatomy) -> LayerTimes:
         attn_implementation=recipe.model.attn_implementation,
         prepare=lambda stage: prepare(stage, section),
     )
-
-
-def _read(recipe: Recipe, trained: Path | None) -> Data:
-    model, options, choice = recipe.model, _options(recipe), recipe.data
-    path = resolve_model_path(model.name_or_path)
-    classes = None if trained is None else _classes(trained)
-    if classes and isinstance(options, ColumnOptions) and options.label_names is None:
-        # Without it a file in which a class is missing would get other ids than in training.
-        options = options.model_copy(update={"label_names": classes})
-        choice = choice.model_copy(update={"options": options})
-    splits = choice.create().load()
-    num_labels = check_labels(splits, len(classes) if classes else model.num_labels)
-    tokenizer = load_tokenizer(
-        model.tokenizer_name_or_path or model.name_or_path,
-        pad_token=options.pad_token,
-        revision=model.revision,
-    )
-    config = load_config(path, revision=model.revision)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    # With the attention too, so that one that is not there is refused before minutes of tokenising.
-    attention = model.attn_implementation
-    input_names = anatomy_of(config, model.task, attn_implementation=attention).forward_keys
-
-    def ids(split: Any) -> TokenizedDataset | range:
-        if split is None:
-            return range(0)
-        return tokenize(
-            split,
-            tokenizer,
-            max_length=options.max_length,
-            max_positions=positions,
-            vocab_size=config.get_text_config().vocab_size,
-            input_names=input_names,
-        )
-
-    train, held_out = ids(None if trained else splits.train), ids(splits.eval)
-    if trained is None and not isinstance(train, TokenizedDataset):
-        raise DataError(f"data: '{recipe.data.name}' has no training split.")
-    majority = None
-    if isinstance(held_out, TokenizedDataset):
-        majority = float(np.bincount(held_out.labels).max() / len(held_out))
-    pad = tokenizer.pad_token_id
-    assert isinstance(pad, int), "load_tokenizer returns tokenizers that can pad"
-    facts = Facts(
-        num_labels, classes or tuple(splits.label_names), pad, len(train),
-        len(held_out), majority,
-    )  # fmt: skip
-    return Data(facts, tokenizer, train, held_out)
-
-
-def _classes(trained: Path) -> tuple[str, ...]:
-    """Names of the classes of a trained model, by id."""
-    if not (trained / "config.json").is_file():
-        raise CheckpointError(
-            f"{trained} has no config.json, which names the classes; checkpoints of `scpl-ds "
-            "train` have one. Score another checkpoint, or train again."
-        )
-    config: Any = load_config(str(trained))
-    return tuple(str(config.id2label[k]) for k in range(config.num_labels))
-
-
-def _options(recipe: Recipe) -> DataOptions:
-    options = recipe.data.options
-    if not isinstance(options, DataOptions):
-        raise RecipeError(
-            f"data.name: the Options of '{recipe.data.name}' must derive from "
-            "scpl_ds.data._base.DataOptions (max_length, pad_token ...)."
-        )
-    return options
 
 
 def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
@@ -330,70 +222,3 @@ def make_engine(
         total_steps=total_steps,
         make_span=load,
     )
-
-
-def make_loaders(
-    recipe: Recipe, data: Data, mesh: Mesh, device: torch.device
-) -> tuple[BatchLoader, BatchLoader | None]:
-    """Training and evaluation loaders. On ranks that read no data they only count.
-
-    For a GPU a thread collates ahead into pinned memory. Beside a CPU's milliseconds to seconds a
-    step the fraction of one that collating takes is not worth a thread (docs/profiling.md).
-    """
-    sizes = recipe.deepspeed.batch(mesh.dp_size)
-    cuda = device.type == "cuda"
-    train = BatchLoader(
-        data.train,
-        micro_batch_size=sizes.micro_batch,
-        shuffle=True,
-        drop_last=True,
-        global_batch_size=sizes.global_batch,
-        ahead=AHEAD if cuda else 0,
-        pin_memory=cuda,
-        lengths=lengths_of(data.train) if recipe.train.group_by_length else None,
-        **_loading(recipe, data, mesh),
-    )
-    return train, make_eval_loader(recipe, data, mesh)
-
-
-def make_eval_loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader | None:
-    """Loader of the evaluation data, None where there are none."""
-    if data.facts.num_eval == 0:
-        return None
-    return BatchLoader(
-        data.eval,
-        micro_batch_size=recipe.eval_batch_size,
-        shuffle=False,
-        drop_last=False,
-        **_loading(recipe, data, mesh),
-    )
-
-
-def whole_eval_loader(recipe: Recipe, data: Data) -> BatchLoader:
-    """Loader of all evaluation data for one rank alone, which must have read them."""
-    size, collate = recipe.eval_batch_size, _collator(recipe, data)
-    return BatchLoader(
-        data.eval, micro_batch_size=size, dp_rank=0, dp_size=1, seed=0, shuffle=False,
-        collate=collate, drop_last=False,
-    )  # fmt: skip
-
-
-def _loading(recipe: Recipe, data: Data, mesh: Mesh) -> dict[str, Any]:
-    """What the two loaders have in common."""
-    return {
-        "dp_rank": mesh.dp_rank,
-        "dp_size": mesh.dp_size,
-        "seed": recipe.train.seed,
-        "collate": _collator(recipe, data),
-        "num_workers": recipe.train.dataloader_num_workers,
-    }
-
-
-def _collator(recipe: Recipe, data: Data) -> Any:
-    if data.tokenizer is None:
-        return _no_batch
-    return Collator(data.tokenizer, pad_to_multiple_of=_options(recipe).pad_to_multiple_of)
-
-
-def _no_batch(samples: list[Any]) -> Any:
-    raise AssertionError("only first-stage ranks read data")

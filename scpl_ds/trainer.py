@@ -6,13 +6,14 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scpl_ds import checkpoint, export
+from scpl_ds.data.prepared import Data, make_loaders, whole_eval_loader
 from scpl_ds.distributed.collectives import barrier, broadcast_object
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
@@ -26,16 +27,13 @@ from scpl_ds.recipe import Recipe
 from scpl_ds.reporting import Reporter
 from scpl_ds.run_folder import RunFolder, versions
 from scpl_ds.setup import (
-    Data,
     Model,
     cut_model,
     draw_schedule,
     load_data,
     make_engine,
-    make_loaders,
     start_world,
     together,
-    whole_eval_loader,
 )
 from scpl_ds.trackers._base import TrackerSet
 
@@ -329,13 +327,13 @@ class Run:
         stages, steps = self.engine.num_stages, self.engine.global_steps
         self._free_engine()
         exported = together(self.mesh, self._export)
-        accuracy = together(self.mesh, lambda: self._final_accuracy(exported))
+        final = together(self.mesh, lambda: self._final_score(exported))
         result: dict[str, Any] = {}
         if self.is_main:
             result = {
-                "eval_accuracy": accuracy,
+                **_named(final, "eval"),
                 "majority_accuracy": self.data.facts.majority_accuracy,
-                "stage_eval_accuracy": self.last_eval.get("val/accuracy"),
+                **_named(self.last_eval, "stage_eval"),
                 "stages": stages,
                 "ranks": self.mesh.world_size,
                 "steps": steps,
@@ -363,12 +361,19 @@ class Run:
         latest = checkpoint.resolve(self.folder.path)
         return export.export_checkpoint(latest, self.recipe.export_dir, task=self.recipe.model.task)
 
-    def _final_accuracy(self, exported: Path | None) -> float | None:
+    def _final_score(self, exported: Path | None) -> dict[str, float]:
         """Of the export, loaded as anybody would and scored on all evaluation data by rank 0; the
         stages' where there is none."""
         if exported is None or self.data.facts.num_eval == 0:
-            return self.last_eval.get("val/accuracy")
+            return self.last_eval
         log.info("scoring the exported model on %d samples", self.data.facts.num_eval)
         model = export.load_exported(exported, self.recipe.model.task)
         whole = whole_eval_loader(self.recipe, self.data)
-        return score_model(model, whole, self.device).metrics()["val/accuracy"]
+        return score_model(model, whole, self.device).metrics()
+
+
+def _named(score: Mapping[str, float], prefix: str) -> dict[str, float | None]:
+    """The number that says how good a model is, for ``result.json``: ``eval_accuracy``, or
+    ``eval_perplexity`` of a language model."""
+    name = "perplexity" if "val/perplexity" in score else "accuracy"
+    return {f"{prefix}_{name}": score.get(f"val/{name}")}

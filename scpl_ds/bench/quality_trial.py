@@ -9,19 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from scpl_ds.data.prepared import Data, make_eval_loader, make_loaders
 from scpl_ds.data.text import TokenizedDataset
 from scpl_ds.errors import DataError
 from scpl_ds.evaluation import evaluate
 from scpl_ds.recipe import Recipe
-from scpl_ds.setup import (
-    Data,
-    cut_model,
-    load_data,
-    make_engine,
-    make_eval_loader,
-    make_loaders,
-    start_world,
-)
+from scpl_ds.setup import cut_model, load_data, make_engine, start_world
 
 _SPLIT_SEED = 0
 """The validation samples are the same for all methods and seeds."""

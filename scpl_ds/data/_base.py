@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
+S = TypeVar("S", "Splits", "Texts")
 
 
 class DataOptions(BaseModel):
@@ -38,6 +39,12 @@ class DataOptions(BaseModel):
     token, or the text of any token it knows. None keeps what the tokenizer says."""
     pad_to_multiple_of: PositiveInt | None = None
     """Round the length of every batch up to a multiple (8 or 64 for tensor cores). None: do not."""
+    packing: bool = False
+    """``causal-lm``: lay whole pieces beside each other in rows of up to ``max_length`` tokens;
+    mask and positions keep them apart."""
+    completion_only: bool = True
+    """``causal-lm``: of prompts with completions and of conversations, only the answers are
+    learned and scored."""
     max_train_samples: PositiveInt | None = None
     """Keep this many training samples, drawn by ``seed``. None keeps all."""
     max_eval_samples: PositiveInt | None = None
@@ -66,14 +73,36 @@ class Splits:
 
     def at(self, split: str, index: int) -> str:
         """Where sample ``index`` of a split was read, for messages: ``reviews.csv, line 12``."""
-        dataset = self.train if split == "train" else self.eval
-        assert dataset is not None
-        row = dataset[index]["row"] if "row" in dataset.column_names else index
-        return f"{self.origin.get(split, f'{split} split, row')} {row}"
+        return _place(self.train if split == "train" else self.eval, self.origin, split, index)
+
+
+def _place(dataset: Dataset | None, origin: Mapping[str, str], split: str, index: int) -> str:
+    assert dataset is not None
+    row = dataset[index]["row"] if "row" in dataset.column_names else index
+    return f"{origin.get(split, f'{split} split, row')} {row}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What a language model is trained on, every row checked: nothing is empty.
+
+    Columns: ``text``; or ``prompt`` and ``completion``; or ``messages``, a list of
+    ``{"role": ..., "content": ...}``. And ``row``, where it stands in its origin.
+    """
+
+    kind: Literal["text", "prompt", "messages"]
+    train: Dataset | None
+    eval: Dataset | None
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """As in :class:`Splits`."""
+
+    def at(self, split: str, index: int) -> str:
+        """Where sample ``index`` of a split was read, for messages."""
+        return _place(self.train if split == "train" else self.eval, self.origin, split, index)
 
 
 class DataSource(abc.ABC):
-    """Where labelled text comes from. Made from a recipe's ``data`` section."""
+    """Where text comes from. Made from a recipe's ``data`` section."""
 
     Options: ClassVar[type[DataOptions]] = DataOptions
     """The keys this source takes; a subclass of :class:`DataOptions`."""
@@ -91,7 +120,18 @@ class DataSource(abc.ABC):
             DataError: Anything about the data that would break or spoil training.
         """
 
-    def limit(self, splits: Splits) -> Splits:
+    def load_texts(self) -> Texts:
+        """The same for ``model.task: causal-lm``, which needs no labels.
+
+        Raises:
+            DataError: As ``load``; or this source has labelled text only.
+        """
+        raise DataError(
+            f"data.name: '{self.name}' gives labelled samples, which model.task: causal-lm has no "
+            "use for. Use text, jsonl, csv, tsv, parquet or hf."
+        )
+
+    def limit(self, splits: S) -> S:
         """The splits cut to ``max_train_samples`` and ``max_eval_samples``, in their old order."""
         options = self.options
         return dataclasses.replace(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from datasets import Dataset, Features, Value
+from pydantic import model_validator
 
 from scpl_ds.data._base import DataOptions, Splits, check_labels
 from scpl_ds.errors import DataError
@@ -37,12 +38,63 @@ class ColumnOptions(DataOptions):
     """Leave out rows with an empty text or without a label (null or negative) instead of
     refusing the data set; the number is logged."""
 
+    messages_column: str | None = None
+    """``causal-lm``: column of conversations, lists of ``{role: ..., content: ...}``, written in
+    the tokenizer's chat template."""
+    prompt_column: str | None = None
+    """``causal-lm``: column of prompts, with ``completion_column``."""
+    completion_column: str | None = None
+    """``causal-lm``: column of what is to be answered."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_text(self) -> Self:
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("prompt_column and completion_column need each other")
+        if self.messages_column is not None and self.prompt_column is not None:
+            raise ValueError("messages_column and prompt_column are two kinds of text; keep one")
+        return self
+
+    def text_columns(self) -> dict[str, str]:
+        """Recipe key -> column name asked for, where a language model is trained."""
+        if self.messages_column is not None:
+            return {"data.messages_column": self.messages_column}
+        if self.prompt_column is not None and self.completion_column is not None:
+            return {
+                "data.prompt_column": self.prompt_column,
+                "data.completion_column": self.completion_column,
+            }
+        return {"data.text_column": self.text_column}
+
     def columns(self) -> dict[str, str]:
         """Recipe key -> column name asked for."""
         wanted = {"data.text_column": self.text_column, "data.label_column": self.label_column}
         if self.text_pair_column is not None:
             wanted["data.text_pair_column"] = self.text_pair_column
         return wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns by their names, as they were read; all sequences have the same length."""
+
+    origin: str
+    """What a row number follows in messages: ``reviews.csv, line``."""
+    rows: Sequence[int]
+    columns: Mapping[str, Sequence[Any]]
+    class_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Column -> names that the format itself carries (``datasets.ClassLabel``)."""
+
+    def labelled(self, options: ColumnOptions) -> RawSplit:
+        """The columns that a classifier learns from."""
+        pair = options.text_pair_column
+        return RawSplit(
+            origin=self.origin,
+            rows=self.rows,
+            texts=self.columns[options.text_column],
+            labels=self.columns[options.label_column],
+            pairs=None if pair is None else self.columns[pair],
+            class_names=self.class_names.get(options.label_column),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +128,7 @@ class RawSplit:
         )
 
 
-def require_columns(found: Iterable[str], options: ColumnOptions, *, where: str) -> None:
+def require_columns(found: Iterable[str], wanted: Mapping[str, str], *, where: str) -> None:
     """Refuse a table that lacks a column the recipe names.
 
     Raises:
@@ -85,7 +137,7 @@ def require_columns(found: Iterable[str], options: ColumnOptions, *, where: str)
     found = [str(name) for name in found]
     missing = [
         f"{key}: '{name}' is not a column{did_you_mean(name, found)}"
-        for key, name in options.columns().items()
+        for key, name in wanted.items()
         if name not in found
     ]
     if missing:

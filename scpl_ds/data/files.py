@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from scpl_ds.data._base import DataOptions, DataSource, Splits, in_held_out
+from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts, in_held_out
 from scpl_ds.data._columns import (
     ColumnOptions,
     RawSplit,
+    Table,
     build_splits,
     require_columns,
     typed_labels,
 )
+from scpl_ds.data._texts import build_texts
 from scpl_ds.errors import DataError
 from scpl_ds.recipe_fields import AbsolutePath
 from scpl_ds.registry import did_you_mean
 
 
-class FileOptions(ColumnOptions):
-    """Options of ``csv``, ``tsv``, ``jsonl`` and ``parquet``."""
+class FilePair(BaseModel):
+    """A file to train on and one to evaluate on."""
 
     short_names: ClassVar[dict[str, str]] = {"train": "train_file", "eval": "eval_file"}
 
@@ -36,13 +38,6 @@ class FileOptions(ColumnOptions):
     """File to train on, ``train`` for short. Only a run that evaluates alone may leave it out."""
     eval_file: AbsolutePath | None = None
     """File to evaluate on, ``eval`` for short."""
-    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Without ``eval_file``: share of ``train_file`` held out, by a hash of the text, so that
-    copies of a text stay together and the choice never changes. None holds out nothing."""
-    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
-    """Character between columns; None: comma for ``csv``, tab for ``tsv``."""
-    quoted: bool | None = None
-    """Whether a cell may stand in double quotes; None: yes for ``csv``, no for ``tsv``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -57,6 +52,18 @@ class FileOptions(ColumnOptions):
                     raise ValueError(f"{short} and {name} are the same; keep one, or set {short}")
                 long[name] = long.pop(short)
         return long
+
+
+class FileOptions(FilePair, ColumnOptions):
+    """Options of ``csv``, ``tsv``, ``jsonl`` and ``parquet``."""
+
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Without ``eval_file``: share of ``train_file`` held out, by a hash of the text, so that
+    copies of a text stay together and the choice never changes. None holds out nothing."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Character between columns; None: comma for ``csv``, tab for ``tsv``."""
+    quoted: bool | None = None
+    """Whether a cell may stand in double quotes; None: yes for ``csv``, no for ``tsv``."""
 
     @model_validator(mode="after")
     def _files_fit_together(self) -> FileOptions:
@@ -83,24 +90,26 @@ class FileSource(DataSource):
                 empty text, unusable label.
         """
         options = self.options
-        train = None if options.train_file is None else self._read(options.train_file)
-        held_out = None if options.eval_file is None else self._read(options.eval_file)
+        tables = self._tables(options.columns())
+        train, held_out = (table and table.labelled(options) for table in tables)
         if train is not None and options.eval_fraction is not None:
             train, held_out = hold_out(train, options.eval_fraction)
         return self.limit(build_splits(train, held_out, options))
 
-    def _read(self, path: Path) -> RawSplit:
-        if not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "does not exist"
-            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] or [""])
-            raise DataError(
-                f"{path} {what}{near or '.'} Correct data.train_file or data.eval_file; a relative "
-                "path starts from the folder the command is called in."
-            )
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes).")
+    def load_texts(self) -> Texts:
+        options = self.options
+        train, held_out = self._tables(options.text_columns())
+        return self.limit(build_texts(train, held_out, options, fraction=options.eval_fraction))
+
+    def _tables(self, wanted: Mapping[str, str]) -> tuple[Table | None, Table | None]:
+        files = self.options.train_file, self.options.eval_file
+        train, held_out = (None if file is None else self._read(file, wanted) for file in files)
+        return train, held_out
+
+    def _read(self, path: Path, wanted: Mapping[str, str]) -> Table:
+        existing(path)
         try:
-            return _READERS[self.name](path, self.options, self.name)
+            return _READERS[self.name](path, self.options, wanted, self.name)
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position "
@@ -108,6 +117,22 @@ class FileSource(DataSource):
             ) from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def existing(path: Path) -> None:
+    """
+    Raises:
+        DataError: There is no such file, or nothing in it.
+    """
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] or [""])
+        raise DataError(
+            f"{path} {what}{near or '.'} Correct data.train_file or data.eval_file; a relative "
+            "path starts from the folder the command is called in."
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes).")
 
 
 def hold_out(raw: RawSplit, fraction: float) -> tuple[RawSplit, RawSplit]:
@@ -128,7 +153,9 @@ def hold_out(raw: RawSplit, fraction: float) -> tuple[RawSplit, RawSplit]:
     return kept, held_out
 
 
-def _read_delimited(path: Path, options: FileOptions, name: str) -> RawSplit:
+def _read_delimited(
+    path: Path, options: FileOptions, wanted: Mapping[str, str], name: str
+) -> Table:
     quoted = options.quoted if options.quoted is not None else name == "csv"
     delimiter = options.delimiter or ("\t" if name == "tsv" else ",")
     csv.field_size_limit(2**31 - 1)
@@ -144,8 +171,8 @@ def _read_delimited(path: Path, options: FileOptions, name: str) -> RawSplit:
         start = 1
         try:
             header = [column.strip() for column in next(reader, [])]
-            require_columns(header, options, where=str(path))
-            wanted = [header.index(column) for column in options.columns().values()]
+            require_columns(header, wanted, where=str(path))
+            places = [header.index(column) for column in wanted.values()]
             start = reader.line_num + 1
             for record in reader:
                 if record and len(record) != len(header):
@@ -157,27 +184,27 @@ def _read_delimited(path: Path, options: FileOptions, name: str) -> RawSplit:
                     )
                 if record:
                     lines.append(start)
-                    cells.append([record[i] for i in wanted])
+                    cells.append([record[i] for i in places])
                 start = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
                 f"{path}, line {start}: {error}. A double quote is not closed, or data.quoted: "
                 f"false is what the file needs."
             ) from error
-    labels = typed_labels([row[1] for row in cells])
-    return RawSplit(
-        origin=f"{path}, line",
-        rows=lines,
-        texts=[row[0] for row in cells],
-        labels=labels,
-        pairs=[row[2] for row in cells] if options.text_pair_column else None,
-    )
+    columns: dict[str, list[Any]] = _by_name(wanted, cells)
+    if (label := wanted.get("data.label_column")) is not None:
+        columns[label] = typed_labels(columns[label])
+    return Table(f"{path}, line", lines, columns)
 
 
-def _read_jsonl(path: Path, options: FileOptions, name: str) -> RawSplit:
+def _by_name(wanted: Mapping[str, str], cells: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    return {name: [row[i] for row in cells] for i, name in enumerate(wanted.values())}
+
+
+def _read_jsonl(path: Path, options: FileOptions, wanted: Mapping[str, str], name: str) -> Table:
     lines: list[int] = []
     cells: list[list[Any]] = []
-    wanted = list(options.columns().values())
+    names = list(wanted.values())
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -194,49 +221,41 @@ def _read_jsonl(path: Path, options: FileOptions, name: str) -> RawSplit:
                     f"{path}, line {number}: {type(record).__name__}, but jsonl is one {{...}} on "
                     f"each line."
                 )
-            if not all(column in record for column in wanted):
-                require_columns(record, options, where=f"{path}, line {number}")
+            if not all(column in record for column in names):
+                require_columns(record, wanted, where=f"{path}, line {number}")
             lines.append(number)
-            cells.append([record[column] for column in wanted])
-    return RawSplit(
-        origin=f"{path}, line",
-        rows=lines,
-        texts=[row[0] for row in cells],
-        labels=[row[1] for row in cells],
-        pairs=[row[2] for row in cells] if options.text_pair_column else None,
-    )
+            cells.append([record[column] for column in names])
+    return Table(f"{path}, line", lines, _by_name(wanted, cells))
 
 
-def _read_parquet(path: Path, options: FileOptions, name: str) -> RawSplit:
+def _read_parquet(path: Path, options: FileOptions, wanted: Mapping[str, str], name: str) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
 
     try:
-        require_columns(pq.read_schema(path).names, options, where=str(path))
-        table = pq.read_table(path, columns=list(dict.fromkeys(options.columns().values())))
+        require_columns(pq.read_schema(path).names, wanted, where=str(path))
+        table = pq.read_table(path, columns=list(dict.fromkeys(wanted.values())))
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is not a parquet file: {error}") from error
-    return raw_of_dataset(Dataset(table), options, origin=f"{path}, row")
+    return table_of_dataset(Dataset(table), wanted, origin=f"{path}, row")
 
 
-def raw_of_dataset(dataset: Any, options: ColumnOptions, *, origin: str) -> RawSplit:
-    """The columns of a ``datasets.Dataset`` whose columns were checked; rows count from 0."""
+def table_of_dataset(dataset: Any, wanted: Mapping[str, str], *, origin: str) -> Table:
+    """Columns of a ``datasets.Dataset``, which were checked to be there; rows count from 0."""
     from datasets import ClassLabel
 
-    feature = dataset.features[options.label_column]
-    pair = options.text_pair_column
-    return RawSplit(
-        origin=origin,
-        rows=range(len(dataset)),
-        texts=list(dataset[options.text_column]),
-        labels=list(dataset[options.label_column]),
-        pairs=None if pair is None else list(dataset[pair]),
-        class_names=tuple(feature.names) if isinstance(feature, ClassLabel) else None,
+    names = dict.fromkeys(wanted.values())
+    features = {name: dataset.features[name] for name in names}
+    return Table(
+        origin,
+        range(len(dataset)),
+        {name: list(dataset[name]) for name in names},
+        {name: tuple(f.names) for name, f in features.items() if isinstance(f, ClassLabel)},
     )
 
 
-_READERS: dict[str, Callable[[Path, FileOptions, str], RawSplit]] = {
+_READERS: dict[str, Callable[[Path, FileOptions, Mapping[str, str], str], Table]] = {
     "csv": _read_delimited,
     "tsv": _read_delimited,
     "jsonl": _read_jsonl,

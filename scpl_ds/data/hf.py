@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from scpl_ds.data._base import DataOptions, DataSource, Splits
-from scpl_ds.data._columns import ColumnOptions, RawSplit, build_splits, require_columns
-from scpl_ds.data.files import raw_of_dataset
+from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts
+from scpl_ds.data._columns import ColumnOptions, Table, build_splits, require_columns
+from scpl_ds.data._texts import build_texts
+from scpl_ds.data.files import table_of_dataset
 from scpl_ds.errors import DataError
 from scpl_ds.recipe_fields import AbsolutePath, NameOrFolder
 from scpl_ds.registry import did_you_mean
@@ -48,13 +50,22 @@ class HubSource(DataSource):
         Raises:
             DataError: The data set, configuration or split cannot be had, or its rows are unusable.
         """
-        options = self.options
-        dataset = _fetch(options)
-        train = self._split(dataset, "data.train_split", options.train_split)
-        held_out = self._split(dataset, "data.eval_split", options.eval_split)
-        return self.limit(build_splits(train, held_out, options))
+        tables = self._tables(self.options.columns())
+        train, held_out = (table and table.labelled(self.options) for table in tables)
+        return self.limit(build_splits(train, held_out, self.options))
 
-    def _split(self, dataset: DatasetDict, key: str, name: str | None) -> RawSplit | None:
+    def load_texts(self) -> Texts:
+        train, held_out = self._tables(self.options.text_columns())
+        return self.limit(build_texts(train, held_out, self.options))
+
+    def _tables(self, wanted: Mapping[str, str]) -> tuple[Table | None, Table | None]:
+        dataset, options = _fetch(self.options), self.options
+        train = self._split(dataset, "data.train_split", options.train_split, wanted)
+        return train, self._split(dataset, "data.eval_split", options.eval_split, wanted)
+
+    def _split(
+        self, dataset: DatasetDict, key: str, name: str | None, wanted: Mapping[str, str]
+    ) -> Table | None:
         if name is None:
             return None
         where = f"{self.options.dataset} split '{name}'"
@@ -64,8 +75,8 @@ class HubSource(DataSource):
                 f"{key}: '{self.options.dataset}' has no split '{name}'{did_you_mean(name, found)} "
                 f"Splits found: {', '.join(found)}. Set {key} to one of them, or to null."
             )
-        require_columns(dataset[name].column_names, self.options, where=where)
-        return raw_of_dataset(dataset[name], self.options, origin=f"{where}, row")
+        require_columns(dataset[name].column_names, wanted, where=where)
+        return table_of_dataset(dataset[name], wanted, origin=f"{where}, row")
 
 
 def _fetch(options: HubOptions) -> DatasetDict:

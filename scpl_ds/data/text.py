@@ -145,7 +145,7 @@ def lengths_of(data: Any) -> np.ndarray:
     only counts samples."""
     if isinstance(data, Subset):
         return lengths_of(data.dataset)[np.asarray(data.indices)]
-    return data.lengths if isinstance(data, TokenizedDataset) else np.zeros(len(data), np.int64)
+    return getattr(data, "lengths", np.zeros(len(data), np.int64))
 
 
 def tokenize(
@@ -173,7 +173,7 @@ def tokenize(
         DataError: ``max_length`` is more than the model has positions, or leaves no room for text;
             a token is outside the model's vocabulary; a text gives no token at all.
     """
-    _check_max_length(tokenizer, max_length, max_positions)
+    check_max_length(tokenizer, max_length, max_positions)
     names = ["input_ids"]
     if "token_type_ids" in tokenizer.model_input_names and (
         input_names is None or "token_type_ids" in input_names
@@ -254,9 +254,13 @@ def _encode(
     )
 
 
-def _check_max_length(
+def check_max_length(
     tokenizer: PreTrainedTokenizerBase, max_length: int, max_positions: int | None
 ) -> None:
+    """
+    Raises:
+        DataError: ``max_length`` is more than the model has positions, or leaves no room for text.
+    """
     limits = {"the model": max_positions, "its tokenizer": tokenizer.model_max_length}
     for owner, limit in limits.items():
         if limit is not None and limit < _UNLIMITED and max_length > limit:

@@ -120,6 +120,7 @@ def format_line(metrics: Mapping[str, float], step: int, total_steps: int | None
             parts.append(text(float(metrics[name])))
 
     show("val/accuracy", lambda v: f"val_acc {100 * v:5.1f}%")
+    show("val/perplexity", lambda v: f"val_ppl {v:.4g}")
     show("val/loss", lambda v: f"val_loss {v:.3g}")
     losses = [f"s{k} {v:.2f}" for k, v in _per_stage(metrics, "loss")]
     if "head/loss" in metrics:

@@ -1,0 +1,255 @@
+"""The data of a run: read, checked, tokenised, and handed out in micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scpl_ds.data._base import DataOptions, check_labels
+from scpl_ds.data._columns import ColumnOptions
+from scpl_ds.data.demo import resolve_model_path
+from scpl_ds.data.language import LanguageCollator, LanguageDataset, tokenize_texts
+from scpl_ds.data.loader import BatchLoader
+from scpl_ds.data.text import (
+    Collator,
+    TokenizedDataset,
+    check_max_length,
+    lengths_of,
+    load_tokenizer,
+    tokenize,
+)
+from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.errors import CheckpointError, DataError, RecipeError
+from scpl_ds.partition.anatomy import anatomy_of
+from scpl_ds.partition.config import load_config
+from scpl_ds.partition.plan import LayerTimes
+from scpl_ds.recipe import Recipe
+
+AHEAD = 2  # micro-batches that are ready before a GPU asks for them
+
+
+Tokenized = TokenizedDataset | LanguageDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What every rank must know about data that only first-stage ranks read."""
+
+    num_labels: int | None
+    """None: a language model, which has no classes."""
+    label_names: tuple[str, ...]
+    pad_token_id: int
+    num_train: int
+    num_eval: int
+    majority_accuracy: float | None
+    """Accuracy of always answering the most frequent label of the evaluation split; None for a
+    language model."""
+    times: LayerTimes | None = None
+    """With ``scpl.partition: time``, what rank 0 measured."""
+    kept_bounds: tuple[int, ...] | None = None
+    """Or the cut that a resumed or scored run has already."""
+
+
+@dataclasses.dataclass
+class Data:
+    """Tokenised splits on first-stage ranks; only their sizes elsewhere."""
+
+    facts: Facts
+    tokenizer: Any
+    train: Tokenized | range
+    eval: Tokenized | range
+
+
+@dataclasses.dataclass
+class _Reading:
+    """What it takes to tokenise for a recipe's model."""
+
+    options: DataOptions
+    tokenizer: Any
+    positions: int | None
+    vocab_size: int
+    input_names: Collection[str]
+
+
+def read(recipe: Recipe, trained: Path | None) -> Data:
+    """Load, check and tokenise the data of a recipe.
+
+    Args:
+        recipe: Names the data, the model and its tokenizer.
+        trained: As in ``setup.load_data``.
+    """
+    model, options = recipe.model, _options(recipe)
+    tokenizer = load_tokenizer(
+        model.tokenizer_name_or_path or model.name_or_path,
+        pad_token=options.pad_token,
+        revision=model.revision,
+    )
+    config = load_config(resolve_model_path(model.name_or_path), revision=model.revision)
+    # With the attention too, so that one that is not there is refused before minutes of tokenising.
+    attention = model.attn_implementation
+    reading = _Reading(
+        options,
+        tokenizer,
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        config.get_text_config().vocab_size,
+        anatomy_of(config, model.task, attn_implementation=attention).forward_keys,
+    )
+    found = (_texts if model.task == "causal-lm" else _labelled)(recipe, reading, trained)
+    if trained is None and len(found.train) == 0:
+        raise DataError(f"data: '{recipe.data.name}' has no training split.")
+    return found
+
+
+def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
+    options = reading.options
+    if options.packing and "position_ids" not in reading.input_names:
+        raise DataError(
+            f"data.packing: the model '{recipe.model.name_or_path}' takes no position_ids, which "
+            "keep packed documents apart. Set data.packing: false."
+        )
+    check_max_length(reading.tokenizer, options.max_length, reading.positions)
+    texts = recipe.data.create().load_texts()
+
+    def ids(split: str) -> LanguageDataset | range:
+        if getattr(texts, split) is None or (split == "train" and trained is not None):
+            return range(0)
+        return tokenize_texts(
+            texts,
+            split,
+            reading.tokenizer,
+            max_length=options.max_length,
+            packing=options.packing,
+            completion_only=options.completion_only,
+            vocab_size=reading.vocab_size,
+        )
+
+    train, held_out = ids("train"), ids("eval")
+    pad = reading.tokenizer.pad_token_id
+    facts = Facts(None, (), pad, len(train), len(held_out), None)
+    return Data(facts, reading.tokenizer, train, held_out)
+
+
+def _labelled(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
+    model, options, choice = recipe.model, reading.options, recipe.data
+    classes = None if trained is None else _classes(trained)
+    if classes and isinstance(options, ColumnOptions) and options.label_names is None:
+        # Without it a file in which a class is missing would get other ids than in training.
+        options = options.model_copy(update={"label_names": classes})
+        choice = choice.model_copy(update={"options": options})
+    splits = choice.create().load()
+    num_labels = check_labels(splits, len(classes) if classes else model.num_labels)
+
+    def ids(split: Any) -> TokenizedDataset | range:
+        if split is None:
+            return range(0)
+        return tokenize(
+            split,
+            reading.tokenizer,
+            max_length=options.max_length,
+            max_positions=reading.positions,
+            vocab_size=reading.vocab_size,
+            input_names=reading.input_names,
+        )
+
+    train, held_out = ids(None if trained else splits.train), ids(splits.eval)
+    majority = None
+    if isinstance(held_out, TokenizedDataset):
+        majority = float(np.bincount(held_out.labels).max() / len(held_out))
+    pad = reading.tokenizer.pad_token_id
+    names = classes or tuple(splits.label_names)
+    facts = Facts(num_labels, names, pad, len(train), len(held_out), majority)
+    return Data(facts, reading.tokenizer, train, held_out)
+
+
+def _classes(trained: Path) -> tuple[str, ...]:
+    """Names of the classes of a trained model, by id."""
+    if not (trained / "config.json").is_file():
+        raise CheckpointError(
+            f"{trained} has no config.json, which names the classes; checkpoints of `scpl-ds "
+            "train` have one. Score another checkpoint, or train again."
+        )
+    config: Any = load_config(str(trained))
+    return tuple(str(config.id2label[k]) for k in range(config.num_labels))
+
+
+def _options(recipe: Recipe) -> DataOptions:
+    options = recipe.data.options
+    if not isinstance(options, DataOptions):
+        raise RecipeError(
+            f"data.name: the Options of '{recipe.data.name}' must derive from "
+            "scpl_ds.data._base.DataOptions (max_length, pad_token ...)."
+        )
+    return options
+
+
+def make_loaders(
+    recipe: Recipe, data: Data, mesh: Mesh, device: torch.device
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """Training and evaluation loaders. On ranks that read no data they only count.
+
+    For a GPU a thread collates ahead into pinned memory. Beside a CPU's milliseconds to seconds a
+    step the fraction of one that collating takes is not worth a thread (docs/profiling.md).
+    """
+    sizes = recipe.deepspeed.batch(mesh.dp_size)
+    cuda = device.type == "cuda"
+    train = BatchLoader(
+        data.train,
+        micro_batch_size=sizes.micro_batch,
+        shuffle=True,
+        drop_last=True,
+        global_batch_size=sizes.global_batch,
+        ahead=AHEAD if cuda else 0,
+        pin_memory=cuda,
+        lengths=lengths_of(data.train) if recipe.train.group_by_length else None,
+        **_loading(recipe, data, mesh),
+    )
+    return train, make_eval_loader(recipe, data, mesh)
+
+
+def make_eval_loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader | None:
+    """Loader of the evaluation data, None where there are none."""
+    if data.facts.num_eval == 0:
+        return None
+    return BatchLoader(
+        data.eval,
+        micro_batch_size=recipe.eval_batch_size,
+        shuffle=False,
+        drop_last=False,
+        **_loading(recipe, data, mesh),
+    )
+
+
+def whole_eval_loader(recipe: Recipe, data: Data) -> BatchLoader:
+    """Loader of all evaluation data for one rank alone, which must have read them."""
+    size, collate = recipe.eval_batch_size, _collator(recipe, data)
+    return BatchLoader(
+        data.eval, micro_batch_size=size, dp_rank=0, dp_size=1, seed=0, shuffle=False,
+        collate=collate, drop_last=False,
+    )  # fmt: skip
+
+
+def _loading(recipe: Recipe, data: Data, mesh: Mesh) -> dict[str, Any]:
+    """What the two loaders have in common."""
+    return {
+        "dp_rank": mesh.dp_rank,
+        "dp_size": mesh.dp_size,
+        "seed": recipe.train.seed,
+        "collate": _collator(recipe, data),
+        "num_workers": recipe.train.dataloader_num_workers,
+    }
+
+
+def _collator(recipe: Recipe, data: Data) -> Any:
+    if data.tokenizer is None:
+        return _no_batch
+    kind = LanguageCollator if recipe.model.task == "causal-lm" else Collator
+    return kind(data.tokenizer, pad_to_multiple_of=_options(recipe).pad_to_multiple_of)
+
+
+def _no_batch(samples: list[Any]) -> Any:
+    raise AssertionError("only first-stage ranks read data")
