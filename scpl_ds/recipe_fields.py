@@ -46,15 +46,19 @@ Number = Annotated[float, Field(ge=0), BeforeValidator(not_bool)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(not_bool)]
 
 
+EMBEDDED_MODELS = ("demo", "demo-lm")
+"""Names of models that come with the package, ``scpl_ds/data/demo.py`` and ``demo_lm.py``."""
+
+
 def absolute(path: str | Path) -> Path:
     """A path that means the same in every folder; ``~`` is the home folder."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def name_or_folder(value: str) -> str:
-    """A folder that is there becomes :func:`absolute`; ``demo`` and anything else is a name."""
+    """A folder that is there becomes :func:`absolute`; an embedded model and all else is a name."""
     here = os.path.expanduser(value)
-    is_folder = here != value or (value != "demo" and os.path.isdir(here))
+    is_folder = here != value or (value not in EMBEDDED_MODELS and os.path.isdir(here))
     return str(absolute(here)) if is_folder else value
 
 

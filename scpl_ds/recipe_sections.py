@@ -48,7 +48,8 @@ class ModelSection(Section):
     """Which Hugging Face model is cut into stages."""
 
     name_or_path: NameOrFolder
-    """Hub name or local folder, as ``from_pretrained`` takes it; ``demo`` is the embedded model."""
+    """Hub name or local folder, as ``from_pretrained`` takes it; ``demo`` is the embedded encoder,
+    ``demo-lm`` the embedded language model."""
     task: Literal["sequence-classification", "causal-lm"] = "sequence-classification"
     """Chooses ``AutoModelForSequenceClassification`` or ``AutoModelForCausalLM``."""
     num_labels: Count | None = None

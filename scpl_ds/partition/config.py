@@ -46,9 +46,8 @@ def load_config(
     except Exception as error:
         raise PartitionError(
             f"model.name_or_path: '{name_or_path}' gives no model config ({one_line(error)}). "
-            "Name a "
-            "hub model or a folder with config.json; `demo` is the embedded model. Without a "
-            "network, download the model first and set HF_HUB_OFFLINE=1."
+            "Name a hub model, a folder with config.json, or an embedded one (`demo`, `demo-lm`). "
+            "Without a network, download the model first and set HF_HUB_OFFLINE=1."
         ) from error
     if num_labels is not None:
         _train_on_classes(config, name_or_path)

