@@ -280,4 +280,6 @@ def _forward_all(
     for batch in batches:
         moved = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = moved.pop("labels")
+        if "position_ids" in moved:  # with a cache transformers takes packed documents for one
+            moved["use_cache"] = False
         yield model(**moved).logits, labels
