@@ -108,6 +108,20 @@ def _parser() -> argparse.ArgumentParser:
         "--exit-patience", type=_patiences, default=(), metavar="N,...",
         help="also let samples leave where so many further heads in a row agree",
     )  # fmt: skip
+    speak = add("generate", _generate, "Continue prompts with a run's trained language model.")
+    speak.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
+    speak.add_argument(
+        "--prompt", action="append", required=True, help="text to continue; may be repeated"
+    )
+    speak.add_argument("--chat", action="store_true", help="as a user's message, in the template")
+    speak.add_argument(
+        "--max-new-tokens", type=_ranks, default=64, metavar="N", help="default: %(default)s"
+    )
+    speak.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T",
+        help="above 0 tokens are drawn; default: the likeliest",
+    )  # fmt: skip
+    speak.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
     export = add("export", _export, "Write a run's latest checkpoint as a Hugging Face folder.")
     export.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -140,6 +154,16 @@ def _thresholds(text: str) -> tuple[float, ...]:
     if not all(0 < value <= 1 for value in values):
         raise argparse.ArgumentTypeError(f"must be numbers in (0, 1], as in 0.8,0.9; got {text!r}")
     return values
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return value
 
 
 def _patiences(text: str) -> tuple[int, ...]:
@@ -212,6 +236,25 @@ def _eval(args: argparse.Namespace) -> int:
     if _rank() == 0:
         sys.stdout.write(json.dumps({"checkpoint": str(folder), **scores}, indent=2) + "\n")
     _leave()
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    recipe, folder = _open(args.run_dir, [])
+    _choose_accelerator()
+    from scpl_ds.generation import generate
+
+    found = generate(
+        recipe,
+        folder,
+        args.prompt,
+        chat=args.chat,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    for prompt, text in zip(args.prompt, found, strict=True):
+        sys.stdout.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
     return 0
 
 

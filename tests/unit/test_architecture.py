@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "cli",
         "bench",
         "trainer",
-        "evaluation reporting",
+        "evaluation generation reporting",
         "setup early_exit",
         "memory",
         "build",
