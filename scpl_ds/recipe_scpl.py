@@ -31,6 +31,10 @@ class ObjectiveChoice(Named):
         """Whether it means the same behind copies of the next layers."""
         return self.resolve().looks_ahead(self.options)
 
+    def borrows(self) -> frozenset[str]:
+        """Matrices of the model that every stage is to be lent (``Objective.borrows``)."""
+        return self.resolve().borrows(self.options)
+
     def can_answer(self) -> bool:
         """Whether its heads classify."""
         return self.resolve().can_answer(self.options)

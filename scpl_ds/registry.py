@@ -22,6 +22,9 @@ _TABLES: dict[str, dict[str, str]] = {
         "deinforeg": "scpl_ds.objectives.deinforeg:DeInfoReg",
         "predsim": "scpl_ds.objectives.predsim:PredSim",
         "reconstruction": "scpl_ds.objectives.reconstruction:Reconstruction",
+        "token_supcon": "scpl_ds.objectives.token_supcon:TokenSupCon",
+        "prototype": "scpl_ds.objectives.prototype:Prototype",
+        "logit_lens": "scpl_ds.objectives.logit_lens:LogitLens",
         "sum": "scpl_ds.objectives.weighted_sum:WeightedSum",
     },
     "sharding": {
@@ -37,6 +40,7 @@ _TABLES: dict[str, dict[str, str]] = {
         "tsv": "scpl_ds.data.files:FileSource",
         "jsonl": "scpl_ds.data.files:FileSource",
         "parquet": "scpl_ds.data.files:FileSource",
+        "text": "scpl_ds.data.plain:PlainTextSource",
     },
     "tracker": {
         "console": "scpl_ds.trackers.console:ConsoleTracker",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -65,7 +65,7 @@ class StageView(NamedTuple):
 
     @property
     def labels(self) -> Tensor:
-        """As the collator gives them; usually int64, [B]."""
+        """As the collator gives them; usually int64, [B], or [B, T] of a causal language model."""
         return self.inputs["labels"]
 
 
@@ -95,6 +95,11 @@ class ObjectiveOptions(BaseModel):
     """Base of the options of an objective: the recipe's ``scpl.objective`` without ``name``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Matrix = Literal["input_embeddings", "output_embeddings"]
+"""A matrix of the model, [V, E], that a stage's objective may ask for although the stage does not
+own it: the rows by which tokens enter, or those of the language-model head."""
 
 
 class Objective(nn.Module, abc.ABC):
@@ -147,6 +152,40 @@ class Objective(nn.Module, abc.ABC):
         """Whether it means the same behind copies of the next layers (``scpl.lookahead``)."""
         del options
         return True
+
+    @classmethod
+    def borrows(cls, options: BaseModel) -> frozenset[Matrix]:
+        """Matrices of the model that it needs whichever stage it is on; ``lend`` hands them over.
+        Decided by the options alone, so that a stage knows what to load before anything is
+        built."""
+        del options
+        return frozenset()
+
+    def lend(self, weights: Mapping[Matrix, Tensor]) -> None:
+        """Called once, right after it was built: before ``attach`` and ``flops``, before anything
+        is sharded, moved or cast, and still under the stage's seed. Not called at all when
+        ``borrows`` is empty.
+
+        ``weights`` has what ``borrows`` names and the model has, each [V, E]: V tokens, E the
+        width of the embedding, which need not be the hidden size. A name that the model has no
+        matrix for (no vocabulary) is left out, and the objective refuses then. Every stage with an
+        objective is lent the same values, those of the model before training; all data-parallel
+        ranks of a stage alike.
+
+        The tensors are the objective's to keep and stay as they are: whoever lends a parameter that
+        is trained lends a copy. They are kept as given, without another copy, so that two
+        parts of a sum share them: lend them on the stage's device, in the dtype that products with
+        them are to be computed in (usually the model's). On ``meta``, or fake, they are enough for
+        a plan or an estimate of memory.
+
+        An objective keeps them as non-persistent buffers: not trained, not counted as parameters,
+        in no checkpoint and no export. A resumed run is lent them again, from where the
+        model's first weights came.
+
+        Raises:
+            RecipeError: A matrix is missing, or does not fit the hidden size.
+        """
+        del weights
 
     @abc.abstractmethod
     def forward(

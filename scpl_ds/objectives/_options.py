@@ -24,12 +24,11 @@ class PooledOptions(ObjectiveOptions):
     than the rest. false is the paper's setting; its own blocks end in a LayerNorm."""
 
 
-class ProjectionOptions(PooledOptions):
-    """Options of an objective that compares projected vectors."""
+class HeadOptions(ObjectiveOptions):
+    """Options of a head between features and a loss that compares them."""
 
     projection: Projection = "mlp"
-    """Head between the pooled vector and the loss; trained with the stage, not exported. The
-    paper's language experiments use ``identity``."""
+    """Head between the features and the loss; trained with the stage, not exported."""
     projection_dim: PositiveInt | None = None
     """Width of the vectors that are compared. Unset: the model's hidden size."""
     hidden_dim: PositiveInt | None = None
@@ -50,7 +49,33 @@ class ProjectionOptions(PooledOptions):
         return self
 
 
-def projection_head(hidden_size: int | None, options: ProjectionOptions) -> ProjectionHead:
+class ProjectionOptions(HeadOptions, PooledOptions):
+    """Options of an objective that compares projected vectors, one a sample."""
+
+    projection: Projection = "mlp"
+    """Head between the pooled vector and the loss; trained with the stage, not exported. The
+    paper's language experiments use ``identity``."""
+
+
+class TokenOptions(ObjectiveOptions):
+    """Options of an objective that looks at single positions of a text, each with the next token
+    for its label."""
+
+    positions: PositiveInt
+    """Most positions of a micro-batch that are looked at; of more, so many are drawn anew each
+    time, without replacement."""
+    layer_norm: bool = True
+    """Normalise a position's features before the head: decoders hand over a residual stream that
+    nobody has normalised."""
+
+
+class TokenHeadOptions(HeadOptions, TokenOptions):
+    """Options of an objective that compares projected vectors, one a position."""
+
+
+def projection_head(
+    hidden_size: int | None, options: ProjectionOptions | TokenHeadOptions
+) -> ProjectionHead:
     """The head that the options ask for.
 
     Raises:

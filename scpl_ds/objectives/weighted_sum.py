@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from scpl_ds.objectives._base import (
     Answer,
     GatherRows,
+    Matrix,
     Objective,
     ObjectiveOptions,
     ObjectiveOutput,
@@ -48,6 +50,7 @@ class WeightedSum(Objective):
         super().__init__(options, hidden_size=hidden_size, num_labels=num_labels)
         sizes = {"hidden_size": hidden_size, "num_labels": num_labels}
         self.parts = nn.ModuleList([choice.create(**sizes) for choice in options.parts])
+        self._choices = options.parts
         names = [choice.name for choice in options.parts]
         self._names = names
         self._ends = [
@@ -74,6 +77,18 @@ class WeightedSum(Objective):
     def can_answer(cls, options: BaseModel) -> bool:
         parts = options.parts if isinstance(options, WeightedSumOptions) else ()
         return any(part.can_answer() for part in parts)
+
+    @classmethod
+    def borrows(cls, options: BaseModel) -> frozenset[Matrix]:
+        parts = options.parts if isinstance(options, WeightedSumOptions) else ()
+        return frozenset[Matrix]().union(*(part.resolve().borrows(part.options) for part in parts))
+
+    def lend(self, weights: Mapping[Matrix, Tensor]) -> None:
+        """Each part gets what it asks for; a matrix that two ask for is the same tensor."""
+        for choice, part in zip(self._choices, self._each, strict=True):
+            wanted = choice.resolve().borrows(choice.options)
+            if wanted:
+                part.lend({name: weights[name] for name in wanted if name in weights})
 
     def attach(self, body: nn.Module) -> None:
         for part in self._each:
