@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +37,12 @@ from scpl_ds.partition.layer_list import (
     check_layers,
     plan_layers,
 )
+from scpl_ds.partition.matrices import Matrices, matrices_of, shapes_of
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan, make_plan, stages_of_rank
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
 from scpl_ds.recipe import ScplSection, check_world, recipe_from_ds_config
+from scpl_ds.sharding._base import DTYPES
 from scpl_ds.sharding._frozen import FrozenBackend
 from scpl_ds.stage import Stage, StageBody, as_body, build_stage
 
@@ -102,6 +104,10 @@ class PipelineModule:
         self.partition_method, self.input_example = partition_method, input_example
         self.activation_checkpoint_interval = activation_checkpoint_interval
 
+    def matrices(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Embedding and LM head as they are now; a list of layers has none that are known."""
+        return matrices_of(self.layers, names) if isinstance(self.layers, nn.Module) else {}
+
     def cut(
         self, scpl: ScplSection, seed: int, stopwatch: Stopwatch | None = None
     ) -> tuple[PartitionPlan, Callable[[int], StageBody], int | None]:
@@ -119,7 +125,7 @@ class PipelineModule:
             if method == "time" and stopwatch is not None:
                 example = self.input_example
                 times = stopwatch.model(model, anatomy, example=example, prepare=prepare)
-            plan = plan_stages(anatomy, scpl, num_labels=num_labels, method=method, times=times)
+            plan = plan_stages(anatomy, scpl, model.config, method=method, times=times)
 
             def stage(k: int) -> StageBody:
                 made = stage_from_model(model, anatomy, *plan.span(k))
@@ -155,8 +161,8 @@ class PipelineModule:
 def plan_stages(
     anatomy: Anatomy,
     scpl: ScplSection,
+    config: Any,
     *,
-    num_labels: int | None,
     method: str | Sequence[Sequence[int]] | None = None,
     times: LayerTimes | None = None,
 ) -> PartitionPlan:
@@ -168,7 +174,11 @@ def plan_stages(
     head_flops = 0
     if scpl.has_objective(max(0, scpl.stages - 2)) or on_last:
         with torch.random.fork_rng(devices=[]):
-            head = scpl.objective.create(hidden_size=anatomy.hidden_size, num_labels=num_labels)
+            head = scpl.objective.build(
+                hidden_size=anatomy.hidden_size,
+                num_labels=getattr(config, "num_labels", None),
+                matrices=functools.partial(shapes_of, config),
+            )
         head_flops = head.flops(1, anatomy.sequence_length)
     method = method or scpl.partition
     return make_plan(anatomy, scpl.stages, method, head_flops, on_last, times)
@@ -253,6 +263,7 @@ def initialize(
     engine = build_engine(
         plan, make_body, scpl, section, mesh, device,
         num_labels=num_labels, seed=seed, make_optimizer=optimizer, lr_at=lr_at,
+        matrices=pipeline.matrices,
     )  # fmt: skip
     if isinstance(pipeline.layers, PreTrainedModel):
         engine.set_batch_fn(as_named_inputs)
@@ -288,16 +299,17 @@ def build_engine(
     make_channel: Callable[..., BoundaryChannel] = BoundaryChannel,
     total_steps: int | None = None,
     make_span: Callable[[int, int, int], StageBody] | None = None,
+    matrices: Matrices | None = None,
 ) -> Engine:
     """An engine over this rank's stages of ``plan``; ``make_body`` is called for those only.
 
     ``make_channel`` takes what ``BoundaryChannel`` takes; ``total_steps`` says where
     ``scpl.polish`` begins; ``make_span`` makes layers ``[start, end)`` as they were before
-    training for stage k, for ``scpl.lookahead``.
+    training for stage k, for ``scpl.lookahead``; ``matrices`` reads embedding and LM head as they
+    were before training, for objectives that borrow them.
     """
     section = section.at(mesh.dp_size)
     backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
-    objective = registry.resolve("objective", scpl.objective.name, where="scpl.objective.name")
     order = scpl.schedule if scpl.method == "scpl" else "stream"  # of what no gradient crosses
     schedule = registry.resolve("schedule", order, where="scpl.schedule")
 
@@ -316,13 +328,23 @@ def build_engine(
     backend.start(mesh)
     backprop = backprop_of(scpl, section, total_steps)
 
+    @functools.cache
+    def read(names: frozenset[str]) -> dict[str, Tensor]:
+        half = section.autocast or section.precision
+        found = {} if matrices is None else matrices(names)
+        dtype = DTYPES[half] if half != "fp16" else torch.float32
+        return {name: tensor.to(device, dtype) for name, tensor in found.items()}
+
+    def lent(names: Collection[str]) -> dict[str, Tensor]:
+        return read(frozenset(names))
+
     def stage(k: int) -> Stage:
         own = stage_section(section, scpl, k)
         body = make_body(k)
         refuse_half(body, backend.weights_dtype(own))
         if backprop is not None:
             refuse_untied(body, k)
-        make = functools.partial(_make_objective, objective, scpl.objective.options, num_labels)
+        make = functools.partial(_make_objective, scpl, num_labels, lent)
         frozen = k < scpl.freeze_stages
         ahead = None
         if (reach := scpl.reach(k, body.end, plan.bounds[-1])) > body.end:
@@ -370,9 +392,11 @@ def stage_section(section: DeepSpeedSection, scpl: ScplSection, k: int) -> DeepS
     return section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])
 
 
-def _make_objective(kind: Any, options: Any, num_labels: int | None, hidden: int | None) -> Any:
+def _make_objective(
+    scpl: ScplSection, num_labels: int | None, matrices: Matrices, hidden: int | None
+) -> Any:
     try:
-        return kind(options, hidden_size=hidden, num_labels=num_labels)
+        return scpl.objective.build(hidden_size=hidden, num_labels=num_labels, matrices=matrices)
     except RecipeError as error:
         if hidden is not None:
             raise

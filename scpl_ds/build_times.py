@@ -4,7 +4,7 @@ ranks cut by its numbers."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from scpl_ds.objectives._base import StageView
 from scpl_ds.partition.anatomy import Anatomy
 from scpl_ds.partition.footprint import example_inputs
 from scpl_ds.partition.layer_list import Layer, count_parameters
+from scpl_ds.partition.matrices import shapes_of
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan, time_cut
 from scpl_ds.partition.stage_module import PreTrainedModel, StageModule, StageOutput
 from scpl_ds.partition.timing import (
@@ -85,11 +86,6 @@ class Stopwatch:
         Raises:
             PartitionError: A layer does not run on its own, or the task has no local objective.
         """
-        if task != "sequence-classification":
-            raise PartitionError(
-                f"scpl.partition: time measures what a recipe can train, and model.task is "
-                f"'{task}'. Use flops, parameters, uniform or ranges."
-            )
 
         def measure() -> LayerTimes:
             stages = random_stages(
@@ -160,28 +156,42 @@ class Stopwatch:
         self, stages: Any, config: Any, task: str, anatomy: Anatomy, length: int
     ) -> LayerTimes:
         inputs = example_inputs(config, task, micro_batch=self.micro_batch, sequence_length=length)
-        head = self._head(anatomy.hidden_size, config.num_labels, inputs.get("attention_mask"))
+        head = self._head(anatomy.hidden_size, config, inputs)
         make_stage, kinds = stages
         return time_model(make_stage, kinds, head, self.setting, inputs, anatomy.hidden_size)
 
     def _head_of(self, width: int) -> LocalHead:
-        return self._head(width, None, None)
+        return self._head(width, None, {})
 
-    def _head(self, width: int, num_labels: int | None, mask: Tensor | None) -> LocalHead:
+    def _head(self, width: int, config: Any, inputs: Mapping[str, Tensor]) -> LocalHead:
         """The run's local objective on ``width`` features, its rows of this rank only."""
+        num_labels = getattr(config, "num_labels", None)
+
+        def random(names: Collection[str]) -> dict[str, Tensor]:
+            shapes = {} if config is None else shapes_of(config, names)
+            return {name: torch.randn(shape.shape) for name, shape in shapes.items()}
+
         with torch.random.fork_rng(devices=[]):
-            objective = self.scpl.objective.create(hidden_size=width, num_labels=num_labels)
+            objective = self.scpl.objective.build(
+                hidden_size=width, num_labels=num_labels, matrices=random
+            )
             objective.attach(_NoLayers())
         self.setting.place(objective)
-        mask = None if mask is None else mask.to(self.device)
+        known = {name: inputs[name].to(self.device) for name in _SEEN if name in inputs}
         classes = max(2, num_labels or 2)
 
         def loss(features: Tensor) -> Tensor:
-            labels = torch.arange(len(features), device=features.device) % classes
-            inputs = {"labels": labels} | ({} if mask is None else {"attention_mask": mask})
-            return objective.learn(StageView(features, features.detach(), inputs, {})).loss
+            labels = known.get("labels")
+            if labels is None or labels.ndim == 1:
+                labels = torch.arange(len(features), device=features.device) % classes
+            view = StageView(features, features.detach(), {**known, "labels": labels}, {})
+            return objective.learn(view).loss
 
         return loss
+
+
+_SEEN = ("attention_mask", "labels")
+"""What an objective looks at of a micro-batch."""
 
 
 class _NoLayers(nn.Module):

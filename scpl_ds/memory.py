@@ -26,6 +26,7 @@ from scpl_ds.partition.footprint import (
     longest_sequence,
     weightless_stages,
 )
+from scpl_ds.partition.matrices import shapes_of
 from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.recipe import Recipe, ScplSection
 from scpl_ds.sharding._base import DTYPES
@@ -226,8 +227,13 @@ class Prediction:
         ahead: Any = make_stage(end, reach) if reach > end else None
         frozen = k < w.scpl.freeze_stages
         if w.scpl.has_objective(k):
-            objective = w.scpl.objective.create(
-                hidden_size=body.hidden_size, num_labels=w.config.num_labels
+            objective = w.scpl.objective.build(
+                hidden_size=body.hidden_size,
+                num_labels=w.config.num_labels,
+                matrices=lambda names: {
+                    name: torch.empty_like(shape, device=w.device_type)
+                    for name, shape in shapes_of(w.config, names).items()
+                },
             )
         stage = LocalStage(
             as_body(body), objective, detach_features=w.scpl.detach_features, ahead=ahead

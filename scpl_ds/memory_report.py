@@ -152,7 +152,7 @@ def _changed(
 
         def deeper() -> Workload:
             scpl = workload.scpl.model_copy(update={"stages": stages, "partition": "parameters"})
-            plan = plan_stages(workload.anatomy, scpl, num_labels=workload.config.num_labels)
+            plan = plan_stages(workload.anatomy, scpl, workload.config)
             return dataclasses.replace(workload, scpl=scpl, plan=plan)
 
         yield f"scpl.stages: {stages} on as many ranks", deeper, pipeline_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -31,9 +32,24 @@ class ObjectiveChoice(Named):
         """Whether it means the same behind copies of the next layers."""
         return self.resolve().looks_ahead(self.options)
 
-    def borrows(self) -> frozenset[str]:
-        """Matrices of the model that every stage is to be lent (``Objective.borrows``)."""
-        return self.resolve().borrows(self.options)
+    def build(
+        self,
+        *,
+        hidden_size: int | None,
+        num_labels: int | None,
+        matrices: Callable[[Collection[str]], Mapping[str, Any]] | None = None,
+    ) -> Any:
+        """The objective itself, lent what it borrows of the model.
+
+        Args:
+            hidden_size: As ``Objective`` takes it.
+            num_labels: As ``Objective`` takes it.
+            matrices: Names -> those that the model has; None: it has none.
+        """
+        made = self.create(hidden_size=hidden_size, num_labels=num_labels)
+        if names := self.resolve().borrows(self.options):
+            made.lend({} if matrices is None else matrices(names))
+        return made
 
     def can_answer(self) -> bool:
         """Whether its heads classify."""

@@ -27,6 +27,7 @@ from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.footprint import longest_sequence
 from scpl_ds.partition.loading import load_stage
+from scpl_ds.partition.matrices import matrices_of_stages
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan
 from scpl_ds.partition.prepare import prepare
 from scpl_ds.recipe import Recipe, check_world
@@ -150,9 +151,7 @@ def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
     if recipe.scpl.partition == "time" and times is None and kept is None:
         times = _measure(recipe, config, anatomy)  # `scpl-ds plan`: no ranks to agree with
     method = None if kept is None else list(itertools.pairwise(kept))
-    plan = plan_stages(
-        anatomy, recipe.scpl, num_labels=config.num_labels, method=method, times=times
-    )
+    plan = plan_stages(anatomy, recipe.scpl, config, method=method, times=times)
     if kept is not None:
         plan = dataclasses.replace(plan, method="time")
     return Model(resolve_model_path(recipe.model.name_or_path), config, anatomy, plan)
@@ -221,4 +220,12 @@ def make_engine(
         lr_at=lambda step: section.lr * factor(step),
         total_steps=total_steps,
         make_span=load,
-    )
+        matrices=lambda names: matrices_of_stages(
+            lambda start, end: load_stage(
+                model.path, recipe.model.task, model.anatomy, start, end,
+                config=model.config, seed=seed, **extra,
+            ),
+            model.anatomy,
+            names,
+        ),
+    )  # fmt: skip
