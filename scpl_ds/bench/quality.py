@@ -284,9 +284,10 @@ def _variants(before: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _say(row: Row, done: int) -> None:
-    what = f"{row['method']}, {row['stages']} stages, seed {row['seed']}, lr {row['learning_rate']}"
+    who = f"{row['method']}, {row['stages']} stages, seed {row['seed']}, lr {row['learning_rate']}"
+    what = "perplexity" if "test_perplexity" in row else "accuracy"
     found = row.get("error") or (
-        f"validation {row['validation_accuracy']:.4f}, test {row['test_accuracy']:.4f}, "
+        f"{what}: validation {row[f'validation_{what}']:.4f}, test {row[f'test_{what}']:.4f}, "
         f"{row['samples_per_s']:.0f} samples/s"
     )
-    log.info("%s  %d: %s: %s", time.strftime("%H:%M:%S"), done, what, found)
+    log.info("%s  %d: %s: %s", time.strftime("%H:%M:%S"), done, who, found)

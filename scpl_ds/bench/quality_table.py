@@ -36,12 +36,18 @@ def selected(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
-    """The row with the best validation accuracy; of equal ones that with the middle rate: the
-    centre of a plateau, which a few hundred validation samples often show."""
-    most = max((row["validation_accuracy"] for row in rows), default=None)
-    equal = [row for row in rows if row["validation_accuracy"] == most]
+    """The row with the best validation accuracy, or the lowest perplexity; of equal ones that with
+    the middle rate: the centre of a plateau, which a few hundred validation samples often show."""
+    best = max((_worth(row, "validation") for row in rows), default=None)
+    equal = [row for row in rows if _worth(row, "validation") == best]
     equal.sort(key=lambda row: row["learning_rate"])
     return equal[(len(equal) - 1) // 2] if equal else None
+
+
+def _worth(row: Row, split: str) -> float:
+    """What is to be high: the accuracy, or the perplexity with a minus."""
+    name = f"{split}_perplexity"
+    return -row[name] if name in row else row[f"{split}_accuracy"]
 
 
 def _order(row: Row) -> tuple[str, int, int]:
@@ -57,39 +63,55 @@ def cells(rows: Sequence[Row]) -> dict[Cell, list[Row]]:
 
 
 def against_bp(rows: Sequence[Row], cell: Sequence[Row]) -> list[float]:
-    """Test accuracy minus bp's of the same seed, one a seed that bp has."""
-    bp = {row["seed"]: row["test_accuracy"] for row in rows if row["method"] == "bp"}
-    return [row["test_accuracy"] - bp[row["seed"]] for row in cell if row["seed"] in bp]
+    """Test accuracy minus bp's of the same seed, one a seed that bp has; of language models by
+    what share the perplexity is higher."""
+    what = _what(rows)
+    bp = {row["seed"]: row[f"test_{what}"] for row in rows if row["method"] == "bp"}
+    pairs = [(row[f"test_{what}"], bp[row["seed"]]) for row in cell if row["seed"] in bp]
+    if what == "perplexity":
+        return [own / theirs - 1 for own, theirs in pairs]
+    return [own - theirs for own, theirs in pairs]
+
+
+def _what(rows: Sequence[Row]) -> str:
+    return "perplexity" if any("test_perplexity" in row for row in rows) else "accuracy"
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Markdown: test accuracy in percent, mean and standard deviation over the seeds."""
+    """Markdown: test accuracy in percent or perplexity, mean and standard deviation over the seeds;
+    against bp in points, or in percent of its perplexity."""
+    what = _what(rows)
+    speed = "tokens_per_s" if what == "perplexity" else "samples_per_s"
     lines = [
-        "| method | stages | test accuracy | against bp | validation | learning rate | seeds "
-        "| samples/s |",
+        f"| method | stages | test {what} | against bp | validation | learning rate | seeds "
+        f"| {speed.replace('_per_', '/')} |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     by_cell = cells(rows)
-    best_first = sorted(by_cell, key=lambda cell: (cell[1], -_mean(by_cell[cell], "test_accuracy")))
+    sign = 1 if what == "perplexity" else -1
+    best_first = sorted(
+        by_cell, key=lambda cell: (cell[1], sign * _mean(by_cell[cell], f"test_{what}"))
+    )
     for cell in best_first:
         own = by_cell[cell]
         gaps = against_bp(rows, own)
         lines.append(
-            f"| {cell[0]} | {cell[1]} | {spread(own, 'test_accuracy')} "
-            f"| {_percent(gaps, '+.2f') if gaps and cell[0] != 'bp' else '-'} "
-            f"| {spread(own, 'validation_accuracy')} | {own[0]['learning_rate']:g} | {len(own)} "
-            f"| {_mean(own, 'samples_per_s'):.0f} |"
+            f"| {cell[0]} | {cell[1]} | {spread(own, f'test_{what}')} "
+            f"| {_spread(gaps, '+.2f', 100) if gaps and cell[0] != 'bp' else '-'} "
+            f"| {spread(own, f'validation_{what}')} | {own[0]['learning_rate']:g} | {len(own)} "
+            f"| {_mean(own, speed):.0f} |"
         )
     return "\n".join(lines)
 
 
 def spread(rows: Sequence[Row], key: str) -> str:
-    """``85.21 ± 0.31`` in percent; the sample standard deviation, where there are two seeds."""
-    return _percent([row[key] for row in rows])
+    """``85.21 ± 0.31``, accuracies in percent; the sample standard deviation, where there are two
+    seeds."""
+    return _spread([row[key] for row in rows], ".2f", 100 if key.endswith("accuracy") else 1)
 
 
-def _percent(values: Sequence[float], form: str = ".2f") -> str:
-    parts = [100 * value for value in values]
+def _spread(values: Sequence[float], form: str, factor: float) -> str:
+    parts = [factor * value for value in values]
     deviation = f" ± {statistics.stdev(parts):.2f}" if len(parts) > 1 else ""
     return f"{statistics.fmean(parts):{form}}{deviation}"
 
@@ -99,7 +121,8 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Test accuracy against the number of stages, and against the seconds of a training.
+    """Test accuracy (or perplexity) against the number of stages, and against the seconds of a
+    training.
 
     Raises:
         RecipeError: matplotlib is not installed, or the file cannot be written.
@@ -112,11 +135,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ) from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_stages, by_time = figure.subplots(1, 2, sharey=True)
-    by_cell = cells(rows)
+    by_cell, what = cells(rows), _what(rows)
+    factor, unit = (100, ", %") if what == "accuracy" else (1, "")
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = {k: by_cell[m, k] for m, k in by_cell if m == method}
         stages = sorted(own)
-        means = [100 * _mean(own[k], "test_accuracy") for k in stages]
+        means = [factor * _mean(own[k], f"test_{what}") for k in stages]
         seconds = [_mean(own[k], "seconds") for k in stages]
         colour = f"C{number % 10}"
         if method == "bp":
@@ -124,7 +148,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         else:
             by_stages.plot(stages, means, marker="o", color=colour, label=method)
         by_time.plot(seconds, means, marker="o", linestyle="none", color=colour, label=method)
-    by_stages.set(xlabel="stages", ylabel="test accuracy, %")
+    by_stages.set(xlabel="stages", ylabel=f"test {what}{unit}")
     by_time.set(xlabel="seconds of training, all stages in one process")
     if rows:
         by_stages.legend(fontsize="small")

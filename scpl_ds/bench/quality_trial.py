@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import Subset
 
 from scpl_ds.data.prepared import Data, make_eval_loader, make_loaders
-from scpl_ds.data.text import TokenizedDataset
 from scpl_ds.errors import DataError
 from scpl_ds.evaluation import evaluate
 from scpl_ds.recipe import Recipe
@@ -30,14 +30,15 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
     Returns:
         ``validation_accuracy``, ``test_accuracy`` (in [0, 1]), ``samples_per_s`` and ``seconds`` of
         the training steps, ``steps``, and ``exit_accuracies`` (test accuracy after each layer with
-        a local head that classifies).
+        a local head that classifies). Of a language model ``validation_perplexity`` and
+        ``test_perplexity`` in the place of accuracies, and ``tokens_per_s``.
 
     Raises:
         DataError: There is no evaluation split, or nothing is left to train on.
     """
     mesh, device = start_world(recipe)
     data = load_data(recipe, mesh)
-    if not (isinstance(data.train, TokenizedDataset) and isinstance(data.eval, TokenizedDataset)):
+    if isinstance(data.train, range) or data.facts.num_eval == 0:
         raise DataError(
             f"data: '{recipe.data.name}' has no evaluation split, which is the test set here. Give "
             "one, for example data.eval_file=test.csv."
@@ -52,7 +53,15 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
     if steps <= 0:
         steps = max(1, round(per_epoch * recipe.train.num_train_epochs))
     engine = make_engine(recipe, model, mesh, device, total_steps=steps)
-    batches = iter(train)
+    tokens = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal tokens
+        for batch in train:
+            tokens += batch["input_ids"].numel()
+            yield batch
+
+    batches = counted()
     began = time.monotonic()
     for _ in range(steps):
         engine.train_batch(batches)
@@ -60,11 +69,17 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.monotonic() - began
-    found = evaluate(engine, validate).metrics()
+    found = evaluate(engine, validate)
     tested = evaluate(engine, test)
+    own: dict[str, Any] = {}
+    for name, score in (("validation", found), ("test", tested)):
+        metrics = score.metrics()
+        what = "perplexity" if "val/perplexity" in metrics else "accuracy"
+        own[f"{name}_{what}"] = metrics[f"val/{what}"]
+    if found.tokens:
+        own["tokens_per_s"] = tokens / seconds
     return {
-        "validation_accuracy": found["val/accuracy"],
-        "test_accuracy": tested.correct / tested.total,
+        **own,
         "samples_per_s": engine.samples_seen / seconds,
         "seconds": seconds,
         "steps": steps,
@@ -77,7 +92,7 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
 
 def _split(data: Data, validation: float) -> tuple[Data, int]:
     """The training data without the held-out ones, which are evaluated; and how many those are."""
-    assert isinstance(data.train, TokenizedDataset)
+    assert not isinstance(data.train, range)
     order = torch.randperm(
         len(data.train), generator=torch.Generator().manual_seed(_SPLIT_SEED)
     ).tolist()
