@@ -148,8 +148,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         else:
             by_stages.plot(stages, means, marker="o", color=colour, label=method)
         by_time.plot(seconds, means, marker="o", linestyle="none", color=colour, label=method)
+        for k, *point in zip(stages, seconds, means, strict=True):
+            by_time.annotate(str(k), point, textcoords="offset points", xytext=(5, 4))
     by_stages.set(xlabel="stages", ylabel=f"test {what}{unit}")
-    by_time.set(xlabel="seconds of training, all stages in one process")
+    by_stages.set_xticks(sorted({row["stages"] for row in rows if row["method"] != "bp"}))
+    by_time.set(xlabel="seconds of training in one process; numbers are stages")
     if rows:
         by_stages.legend(fontsize="small")
     try:

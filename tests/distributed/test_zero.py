@@ -234,7 +234,14 @@ def test_all_stages_together_move_by_the_clipped_norm(zero: str | None) -> None:
     """One step of plain SGD at a learning rate of 1: the update is the clipped gradient itself."""
     sgd = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}}
     engine = build(
-        zero, stages=4, pipeline_ranks=2, clip=0.01, sync="step", clip_scope="global", more=sgd
+        zero,
+        stages=4,
+        pipeline_ranks=2,
+        clip=0.01,
+        sync="step",
+        clip_scope="global",
+        more=sgd,
+        head_lr=1.0,
     )
     engine.lr_at = lambda step: 1.0
     before = runs.weights_of_engine(engine)
