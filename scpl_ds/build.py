@@ -16,6 +16,7 @@ from scpl_ds.batch import as_named_inputs
 from scpl_ds.build_checks import (
     backprop_of,
     constant_or_scheduled,
+    make_objective,
     nothing_to_train,
     refuse_half,
     refuse_untied,
@@ -344,7 +345,7 @@ def build_engine(
         refuse_half(body, backend.weights_dtype(own))
         if backprop is not None:
             refuse_untied(body, k)
-        make = functools.partial(_make_objective, scpl, num_labels, lent)
+        make = functools.partial(make_objective, scpl, num_labels, lent)
         frozen = k < scpl.freeze_stages
         ahead = None
         if (reach := scpl.reach(k, body.end, plan.bounds[-1])) > body.end:
@@ -390,17 +391,3 @@ def build_engine(
 def stage_section(section: DeepSpeedSection, scpl: ScplSection, k: int) -> DeepSpeedSection:
     """The section of stage ``k``, which may have a ZeRO stage of its own."""
     return section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])
-
-
-def _make_objective(
-    scpl: ScplSection, num_labels: int | None, matrices: Matrices, hidden: int | None
-) -> Any:
-    try:
-        return scpl.objective.build(hidden_size=hidden, num_labels=num_labels, matrices=matrices)
-    except RecipeError as error:
-        if hidden is not None:
-            raise
-        raise RecipeError(
-            f"{error} With a list of layers the width of a boundary is known from "
-            "PipelineModule(..., input_example=<one batch of inputs>)."
-        ) from error

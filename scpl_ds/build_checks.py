@@ -11,6 +11,7 @@ from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_backprop import Backprop
 from scpl_ds.errors import RecipeError
 from scpl_ds.optim import lr_schedule, needs_total_steps
+from scpl_ds.partition.matrices import Matrices
 from scpl_ds.partition.plan import PartitionPlan
 from scpl_ds.recipe import ScplSection, TrainSection
 
@@ -88,3 +89,22 @@ def nothing_to_train(plan: PartitionPlan, k: int) -> str:
         "and it has no local head with weights. Unfreeze some of them, move the cut "
         "(scpl.partition), or use fewer stages (scpl.stages)."
     )
+
+
+def make_objective(
+    scpl: ScplSection, num_labels: int | None, matrices: Matrices, hidden: int | None
+) -> Any:
+    """A stage's objective for a boundary of width ``hidden`` (None: not known).
+
+    Raises:
+        RecipeError: It needs the width, or a matrix that the model does not have.
+    """
+    try:
+        return scpl.objective.build(hidden_size=hidden, num_labels=num_labels, matrices=matrices)
+    except RecipeError as error:
+        if hidden is not None:
+            raise
+        raise RecipeError(
+            f"{error} With a list of layers the width of a boundary is known from "
+            "PipelineModule(..., input_example=<one batch of inputs>)."
+        ) from error

@@ -19,6 +19,7 @@ from scpl_ds.batch import Evaluated
 from scpl_ds.data.language import IGNORED, targets_of
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.data.prepared import Data, make_eval_loader, whole_eval_loader
+from scpl_ds.data.text import TokenizedDataset
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.early_exit import EarlyExitModel, Point, curve, refuse_heads
@@ -168,11 +169,16 @@ def evaluate_run(
     Raises:
         DataError: The recipe's data has no evaluation split, or labels the run does not know.
         CheckpointError: The checkpoint is incomplete or of another model.
-        RecipeError: There is no folder to write ``logits_file`` into, or no head to leave at.
+        RecipeError: ``logits_file`` cannot be written, or there is no head to leave at.
     """
     if logits_file is not None and not logits_file.absolute().parent.is_dir():
         raise RecipeError(
             f"--logits {logits_file}: the folder {logits_file.absolute().parent} does not exist."
+        )
+    if logits_file is not None and recipe.model.task == "causal-lm":
+        raise RecipeError(
+            f"--logits {logits_file}: a language model has a score for every token of its "
+            "vocabulary at every position, too much to write. Leave --logits out."
         )
     if exit_thresholds or exit_patiences:
         _refuse_exits(recipe)
@@ -183,11 +189,11 @@ def evaluate_run(
     engine = make_engine(recipe, model, mesh, device, total_steps=1)
     together(mesh, lambda: _load(engine, folder))
     own: list[Tensor] = []
-    score = evaluate(engine, loader, logits=own)
+    score = evaluate(engine, loader, logits=None if logits_file is None else own)
     if logits_file is not None:
         parts = gather_objects(mesh, own)
         if mesh.rank == 0:
-            assert not isinstance(data.eval, range)
+            assert isinstance(data.eval, TokenizedDataset)
             logits = torch.cat([tensor for part in parts for tensor in part])
             labels = torch.from_numpy(data.eval.labels)
             save_file({"logits": logits, "labels": labels}, logits_file)
@@ -281,5 +287,6 @@ def _forward_all(
         moved = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = moved.pop("labels")
         if "position_ids" in moved:  # with a cache transformers takes packed documents for one
-            moved["use_cache"] = False
-        yield model(**moved).logits, labels
+            yield model(**moved, use_cache=False).logits, labels
+        else:
+            yield model(**moved).logits, labels

@@ -47,7 +47,7 @@ def build_texts(
         raise DataError("The data source has neither training nor evaluation data.")
     origin = {s: t.origin for s, t in (("train", train), ("eval", held_out)) if t is not None}
     if fraction is not None and "train" in checked:
-        chosen = [in_held_out(str(row[names[0]]), fraction) for row in checked["train"]]
+        chosen = [in_held_out(str(text), fraction) for text in checked["train"][names[0]]]
         parts = [[i for i, out in enumerate(chosen) if out == part] for part in (False, True)]
         if not all(parts):
             raise DataError(

@@ -15,14 +15,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, Field, model_validator
 
 from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts, in_held_out
-from scpl_ds.data._columns import (
-    ColumnOptions,
-    RawSplit,
-    Table,
-    build_splits,
-    require_columns,
-    typed_labels,
-)
+from scpl_ds.data._columns import ColumnOptions, RawSplit, Table, require_columns, typed_labels
+from scpl_ds.data._labelled import build_splits
 from scpl_ds.data._texts import build_texts
 from scpl_ds.errors import DataError
 from scpl_ds.recipe_fields import AbsolutePath

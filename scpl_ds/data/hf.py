@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts
-from scpl_ds.data._columns import ColumnOptions, Table, build_splits, require_columns
+from scpl_ds.data._columns import ColumnOptions, Table, require_columns
+from scpl_ds.data._labelled import build_splits
 from scpl_ds.data._texts import build_texts
 from scpl_ds.data.files import table_of_dataset
 from scpl_ds.errors import DataError

@@ -261,7 +261,8 @@ def test_lent_matrices_are_frozen_unsaved_and_not_copied(name: str):
     torch.manual_seed(0)
     objective: Any = ObjectiveChoice.model_validate(name).create(hidden_size=D, num_labels=2)
     objective.lend(given)
-    borrowed = ObjectiveChoice.model_validate(name).borrows()
+    choice = ObjectiveChoice.model_validate(name)
+    borrowed = choice.resolve().borrows(choice.options)
     assert set(borrowed) == {key for key, _ in objective.named_buffers()}
     for key in borrowed:
         assert getattr(objective, key).data_ptr() == given[key].data_ptr()
@@ -277,8 +278,9 @@ def test_lent_matrices_are_frozen_unsaved_and_not_copied(name: str):
 def test_a_sum_borrows_what_its_parts_do_and_passes_it_on():
     asked = [{"name": "prototype"}, {"name": "logit_lens"}, {"name": "prototype"}]
     choice = ObjectiveChoice.model_validate(asked)
-    assert choice.borrows() == {"input_embeddings", "output_embeddings"}
-    assert ObjectiveChoice.model_validate("supcon").borrows() == frozenset()
+    assert choice.resolve().borrows(choice.options) == {"input_embeddings", "output_embeddings"}
+    none = ObjectiveChoice.model_validate("supcon")
+    assert none.resolve().borrows(none.options) == frozenset()
     objective = make(asked)
     assert objective.parts[0].input_embeddings.shape == (V, D)
     hidden, mask, labels = texts()
