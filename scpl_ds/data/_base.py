@@ -46,7 +46,8 @@ class DataOptions(BaseModel):
     """``causal-lm``: of prompts with completions and of conversations, only the answers are
     learned and scored."""
     max_train_samples: PositiveInt | None = None
-    """Keep this many training samples, drawn by ``seed``. None keeps all."""
+    """Keep this many training samples, drawn by ``seed``. None keeps all. Of ``causal-lm`` on
+    documents a sample is a piece of ``max_length`` tokens, or a packed row."""
     max_eval_samples: PositiveInt | None = None
     """Keep this many evaluation samples, drawn by ``seed``. None keeps all."""
     seed: NonNegativeInt = 0
@@ -132,8 +133,13 @@ class DataSource(abc.ABC):
         )
 
     def limit(self, splits: S) -> S:
-        """The splits cut to ``max_train_samples`` and ``max_eval_samples``, in their old order."""
+        """The splits cut to ``max_train_samples`` and ``max_eval_samples``, in their old order.
+
+        Documents are left: their samples are pieces, drawn when they have been tokenised.
+        """
         options = self.options
+        if isinstance(splits, Texts) and splits.kind == "text":
+            return splits
         return dataclasses.replace(
             splits,
             train=_draw(splits.train, options.max_train_samples, options.seed),
@@ -150,8 +156,12 @@ def in_held_out(text: str, fraction: float) -> bool:
 def _draw(dataset: Dataset | None, count: int | None, seed: int) -> Dataset | None:
     if dataset is None or count is None or count >= len(dataset):
         return dataset
-    kept = np.random.default_rng(seed).permutation(len(dataset))[:count]
-    return dataset.select(np.sort(kept), keep_in_memory=True)
+    return dataset.select(drawn(len(dataset), count, seed), keep_in_memory=True)
+
+
+def drawn(total: int, count: int, seed: int) -> np.ndarray:
+    """Which ``count`` of ``total`` samples ``max_*_samples`` keeps, ascending."""
+    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
 def check_labels(splits: Splits, num_labels: int | None = None) -> int:

@@ -60,6 +60,16 @@ class LanguageDataset(Dataset[dict[str, Any]]):
         """Tokens per sample, [N]."""
         return np.diff(self.offsets)
 
+    def take(self, kept: np.ndarray) -> LanguageDataset:
+        """The samples of these numbers."""
+        ends = np.cumsum(self.lengths[kept])
+        spans = [slice(self.offsets[n], self.offsets[n + 1]) for n in kept]
+        columns = {
+            name: np.concatenate([flat[span] for span in spans])
+            for name, flat in self.columns.items()
+        }
+        return LanguageDataset(columns, np.concatenate([[0], ends]))
+
     @property
     def num_targets(self) -> int:
         """Tokens that are learned, or scored: no row's first position is anybody's next."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scpl_ds.data._base import DataOptions, check_labels
+from scpl_ds.data._base import DataOptions, check_labels, drawn
 from scpl_ds.data._columns import ColumnOptions
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.language import LanguageCollator, LanguageDataset, tokenize_texts
@@ -118,7 +118,7 @@ def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
     def ids(split: str) -> LanguageDataset | range:
         if getattr(texts, split) is None or (split == "train" and trained is not None):
             return range(0)
-        return tokenize_texts(
+        found = tokenize_texts(
             texts,
             split,
             reading.tokenizer,
@@ -127,6 +127,10 @@ def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
             completion_only=options.completion_only,
             vocab_size=reading.vocab_size,
         )
+        most = options.max_train_samples if split == "train" else options.max_eval_samples
+        if texts.kind != "text" or most is None or most >= len(found):
+            return found
+        return found.take(drawn(len(found), most, options.seed))
 
     train, held_out = ids("train"), ids("eval")
     pad = reading.tokenizer.pad_token_id

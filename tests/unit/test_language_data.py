@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,3 +198,27 @@ def test_an_empty_text_file_is_refused(tmp_path: Path):
     options = PlainTextOptions.model_validate({"train": path})
     with pytest.raises(DataError, match="holds no text"):
         PlainTextSource(options).load_texts()
+
+
+def test_of_documents_max_samples_keeps_pieces_and_of_prompts_rows(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("To be, or not to be: that is the question. " * 20)
+    found = PlainTextSource(
+        PlainTextOptions(train_file=tmp_path / "a.txt", max_train_samples=2)
+    ).load_texts()
+    whole = tokenize_texts(found, "train", TOKENIZER, max_length=16)
+    assert len(whole) > 10
+    kept = whole.take(np.array([1, 4]))
+    assert [list(kept[n]["input_ids"]) for n in (0, 1)] == [
+        list(whole[n]["input_ids"]) for n in (1, 4)
+    ]
+    assert list(kept.lengths) == [16, 16]
+    (tmp_path / "b.jsonl").write_text('{"p": "2+2=", "c": "4"}\n' * 3 + '{"p": "1+2=", "c": "3"}\n')
+    rows = FileOptions(
+        train_file=tmp_path / "b.jsonl",
+        prompt_column="p",
+        completion_column="c",
+        max_train_samples=2,
+    )
+    prompts = FileSource(rows, name="jsonl").load_texts()
+    assert prompts.train is not None
+    assert len(prompts.train) == 2
