@@ -248,6 +248,8 @@ def initialize(
     scpl, section = recipe_from_ds_config(config, stages=pipeline.num_stages)
     lr_at = lr_scheduler or constant_or_scheduled(section)
     if isinstance(pipeline.layers, PreTrainedModel):
+        if pipeline.layers.get_output_embeddings() is not None:
+            scpl = scpl.for_task("causal-lm")
         backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
         for k in range(scpl.stages):
             refuse_half(pipeline.layers, backend.weights_dtype(stage_section(section, scpl, k)))
@@ -343,7 +345,7 @@ def build_engine(
         own = stage_section(section, scpl, k)
         body = make_body(k)
         refuse_half(body, backend.weights_dtype(own))
-        if backprop is not None:
+        if scpl.method != "scpl":  # polish goes on with copies that are no longer equal
             refuse_untied(body, k)
         make = functools.partial(make_objective, scpl, num_labels, lent)
         frozen = k < scpl.freeze_stages

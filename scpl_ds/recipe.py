@@ -264,6 +264,8 @@ def _sections(
             model = Recipe.model_fields[name].annotation
             model = model if isinstance(model, type) else TrackerChoice
             problems += [p.under(name) for p in problems_of(error, model, _homes())]
+    if "scpl" in sections and "model" in sections:
+        sections["scpl"] = sections["scpl"].for_task(sections["model"].task)
     if raw.get("deepspeed") is not None:
         section, found = _deepspeed(raw["deepspeed"], sections)
         sections["deepspeed"] = section

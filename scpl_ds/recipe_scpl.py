@@ -134,6 +134,9 @@ def _registered(kind: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_OBJECTIVES = {"causal-lm": "logit_lens"}
+"""Task -> what its stages train on where nothing is said; ``supcon`` needs one class a sample."""
+
 BACKPROP_SCHEDULES = ("naive", "gpipe", "1f1b", "zero_bubble")
 
 
@@ -155,7 +158,8 @@ class ScplSection(Section):
     objective: ObjectiveChoice = Field(
         default_factory=lambda: ObjectiveChoice.model_validate("supcon")
     )
-    """Local loss of the stages: a name, or ``{name: ..., <its options>}``. Default ``supcon``."""
+    """Local loss of the stages: a name, ``{name: ..., <its options>}``, or a list of them with
+    weights. Default ``supcon``, and ``logit_lens`` for ``model.task: causal-lm``."""
     head: HeadSection = HeadSection()
     """How the last stage trains."""
     method: Literal["scpl", "bp", "joint"] = "scpl"
@@ -249,6 +253,13 @@ class ScplSection(Section):
         if problems:
             raise nested(problems)
         return self
+
+    def for_task(self, task: str) -> Self:
+        """The same, with the task's objective where none was asked for."""
+        if "objective" in self.model_fields_set or task not in _OBJECTIVES:
+            return self
+        asked = {key: getattr(self, key) for key in self.model_fields_set}
+        return type(self).model_validate({**asked, "objective": _OBJECTIVES[task]})
 
     def _objective_problems(self) -> list[Problem]:
         """What the objective cannot do. Codes of labels are made by the first stage, and scored in

@@ -371,9 +371,8 @@ def build_stage(
         module = LocalStage(body, objective, detach_features=detach_features, ahead=ahead)
     if objective is not None:
         objective.see_all_ranks(row_gatherer(mesh))
+    # Not requires_grad_(False): a tensor of the model may be shared with a stage that is trained.
     module.train(not frozen)
-    if frozen:  # and otherwise as it came: the model's owner may have frozen parts of it
-        module.requires_grad_(False)
     made = backend(module, make_optimizer, section, mesh, device)
     return (FrozenStage if frozen else Stage)(index, module, made, seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ TOKEN_LEVEL: dict[str, Any] = {
     "logit_lens": {"name": "logit_lens", "positions": 16, "rank": 4},
     "sum": [{"name": "logit_lens", "rank": 4}, {"name": "reconstruction", "weight": 0.1}],
 }
+MORE: dict[str, dict[str, Any]] = {
+    "freeze": {"objective": TOKEN_LEVEL["logit_lens"], "freeze_stages": 1},
+}
 STEPS = 6
 
 
@@ -41,19 +45,19 @@ def batches(*, packed: bool = False, seed: int = 3) -> Iterator[dict[str, Tensor
         yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def engine(stages: int, objective: Any, **options: Any) -> scpl_ds.Engine:
+def engine(stages: int, objective: Any, *, tied: bool = True, **options: Any) -> scpl_ds.Engine:
     config = runs.config(stages, objective=objective, **options)
-    model = tiny_lm.model(dropout=0.1)
+    model = tiny_lm.model(dropout=0.1 if tied else 0.0, tied=tied)
     return scpl_ds.initialize(model=model, config=config, seed=runs.SEED).engine
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", TOKEN_LEVEL)
+@pytest.mark.parametrize("name", [*TOKEN_LEVEL, *MORE])
 def test_a_language_model_streamed_over_ranks_is_the_one_trained_in_one_process(
     name: str, packed: bool, tmp_path: Path
 ) -> None:
     def train() -> None:
-        running = engine(2, TOKEN_LEVEL[name])
+        running = engine(2, **(MORE.get(name) or {"objective": TOKEN_LEVEL[name]}))
         data = batches(packed=packed)
         for _ in range(STEPS):
             running.train_batch(data)
@@ -63,10 +67,46 @@ def test_a_language_model_streamed_over_ranks_is_the_one_trained_in_one_process(
     run_ranks(1, train)
     run_ranks(2, train)
     wanted = torch.load(tmp_path / "1-0.pt")
-    assert any("scpl_heads" in key for key in wanted)
+    assert any("scpl_heads" in key for key in wanted) == (name != "freeze")
     found = torch.load(tmp_path / "2-0.pt") | torch.load(tmp_path / "2-1.pt")
     assert found.keys() == wanted.keys()
     runs.assert_equal(found, wanted)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_backpropagation_over_stages_of_a_language_model_is_that_of_the_whole(
+    schedule: str, tmp_path: Path
+) -> None:
+    def train() -> None:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        way = {"method": "bp"} | ({"schedule": schedule} if ranks > 1 else {})
+        running = engine(ranks, "logit_lens", tied=False, accumulation=2, **way)
+        data = batches()
+        for _ in range(STEPS):
+            running.train_batch(data)
+        torch.save(runs.weights_of_engine(running), tmp_path / f"{ranks}-{running.mesh.rank}.pt")
+
+    run_ranks(1, train)
+    run_ranks(2, train)
+    wanted = torch.load(tmp_path / "1-0.pt")
+    found = torch.load(tmp_path / "2-0.pt") | torch.load(tmp_path / "2-1.pt")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_language_model_that_names_no_objective_learns_through_its_own_head() -> None:
+    def body() -> None:
+        config = runs.config(2)
+        del config["scpl"]["objective"]
+        config["scpl"]["pipeline_ranks"] = 1
+        running = scpl_ds.initialize(model=tiny_lm.model(), config=config, seed=runs.SEED).engine
+        assert [type(s.module.objective).__name__ for s in running.stages] == [
+            "LogitLens",
+            "NoneType",
+        ]
+
+    run_ranks(1, body)
 
 
 def test_what_is_borrowed_is_neither_trained_nor_saved() -> None:
@@ -113,6 +153,21 @@ def recipe(folder: Path, **data: Any) -> dict[str, Any]:
         },
         "train": {"num_train_epochs": 12, "output_dir": str(folder / "run"), "disable_tqdm": True},
     }  # fmt: skip
+
+
+def test_polish_ends_with_backpropagation_also_where_weights_were_tied(tmp_path: Path) -> None:
+    def body() -> None:
+        from scpl_ds.recipe import recipe_from_mapping
+        from scpl_ds.trainer import fit
+
+        asked = recipe(tmp_path)
+        asked["scpl"]["polish"] = 0.5
+        asked["train"]["num_train_epochs"] = 6
+        found = fit(recipe_from_mapping(asked))
+        assert found["eval_perplexity"] < 20
+        assert found["eval_perplexity"] == pytest.approx(found["stage_eval_perplexity"], rel=1e-4)
+
+    run_ranks(1, body)
 
 
 @pytest.mark.parametrize("packing", [False, True])
