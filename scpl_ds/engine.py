@@ -202,9 +202,10 @@ class Engine:
 
     def _count(self, inputs: Mapping[str, Tensor]) -> None:
         """Before the batch moves to the device, so that counting waits for nothing."""
-        mask, first = inputs.get("attention_mask"), next(iter(inputs.values()))
-        self.samples_seen += first.shape[0]
-        self.tokens_seen += first.shape[0] if mask is None else int(mask.sum())
+        mask, samples = inputs.get("attention_mask"), len(next(iter(inputs.values())))
+        whole = inputs["input_ids"].numel() if "input_ids" in inputs else samples
+        self.samples_seen += samples
+        self.tokens_seen += whole if mask is None else int(mask.sum())
 
     def reduce_loss(self) -> Tensor:
         """The last stage's loss of the last step, mean over data-parallel ranks, on every rank.

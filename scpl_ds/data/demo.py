@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from scpl_ds.data._base import DataOptions, DataSource, Splits, in_held_out
+from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts, in_held_out
 from scpl_ds.data._cache import Making, copy_member, prepare_and_say, prepared
 from scpl_ds.data._pypi import Package
 from scpl_ds.data.demo_lm import DEMO_LM, prepare_demo_lm
@@ -112,7 +112,8 @@ def resolve_model_path(name_or_path: str) -> str:
 
 
 class DemoSource(DataSource):
-    """``data: {name: demo}``: 19 340 sentences, is the sentiment positive or negative."""
+    """``data: {name: demo}``: 19 340 sentences, is the sentiment positive or negative; for
+    ``causal-lm`` their text."""
 
     Options: ClassVar[type[DataOptions]] = DataOptions
 
@@ -122,6 +123,17 @@ class DemoSource(DataSource):
         Raises:
             DataError: It is not prepared yet and cannot be fetched.
         """
+        return self._file().load()
+
+    def load_texts(self) -> Texts:
+        """Its sentences, a document each.
+
+        Raises:
+            DataError: As ``load``.
+        """
+        return self._file().load_texts()
+
+    def _file(self) -> FileSource:
         folder = prepare_demo().data
         common = {key: getattr(self.options, key) for key in DataOptions.model_fields}
         options = FileOptions(
@@ -130,7 +142,7 @@ class DemoSource(DataSource):
             eval_file=folder / "eval.jsonl",
             label_names=LABEL_NAMES,
         )
-        return FileSource(options, name="jsonl").load()
+        return FileSource(options, name="jsonl")
 
 
 # ------------------------------------------------------------------------------- unpacking

@@ -188,3 +188,14 @@ def test_a_recipe_trains_scores_exports_and_speaks(tmp_path: Path, packing: bool
         assert len(text) >= 4 and set(text) <= set("the cat sat on the mat. a dog ran red house")
 
     run_ranks(1, body)
+
+
+def test_tokens_of_packed_rows_which_have_no_mask_are_counted() -> None:
+    def body() -> None:
+        running = engine(2, TOKEN_LEVEL["logit_lens"], pipeline_ranks=1)
+        running.train_batch(batches(packed=True))
+        assert (running.samples_seen, running.tokens_seen) == (4, 48)
+        running.train_batch(batches())
+        assert running.tokens_seen == 48 + 12 + 3 * 9
+
+    run_ranks(1, body)

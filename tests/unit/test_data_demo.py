@@ -207,3 +207,12 @@ def test_an_unwritable_cache_is_refused_with_the_variable_to_set(tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="Set SCPL_DS_CACHE"):
         prepare_demo(tmp_path / "file" / "cache")
+
+
+@pytest.mark.demo
+def test_for_a_language_model_the_demo_is_its_sentences_without_labels(paths: DemoPaths):
+    texts = DemoSource(DemoSource.Options(), name="demo").load_texts()
+    assert texts.kind == "text"
+    assert texts.train is not None and texts.eval is not None
+    assert len(texts.train) == 17320 and len(texts.eval) == 2020
+    assert set(texts.train.column_names) == {"text", "row"}
