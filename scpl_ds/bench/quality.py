@@ -53,7 +53,7 @@ def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
     """The command: the table."""
     before = _read(args.json)
     if args.plot is not None:
-        plot([], args.plot)  # refused now, not after hours
+        plot((before or {}).get("rows", []), args.plot)  # refused now, not after hours
     figures = run(
         load_recipe(args.recipe, args.overrides),
         methods=args.methods,
