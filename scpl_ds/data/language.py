@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -96,40 +96,66 @@ def tokenize_texts(
     """
     dataset = texts.train if split == "train" else texts.eval
     assert dataset is not None
-    write = _WRITERS[texts.kind]
+    write = RowWriter(texts.kind, tokenizer, max_length, completion_only, vocab_size)
     pieces: list[Piece] = []
-    cut = 0
-    for index, row in enumerate(dataset):
-        where = texts.at(split, index)
-        whole = write(tokenizer, row, completion_only, where)
-        if not whole.ids:
-            raise DataError(f"{where} gives no token at all; take it out of the data.")
-        if texts.kind == "text":
-            pieces += _pieces(whole, max_length)
-            continue
-        cut += len(whole.ids) > max_length
-        kept = Piece(whole.ids[:max_length], whole.labels[:max_length])
-        if all(label == IGNORED for label in kept.labels[1:]):
-            raise DataError(
-                f"{where}: the first {max_length} of {len(whole.ids)} tokens (data.max_length) "
-                "hold nothing to learn: the prompt fills them. Raise data.max_length, or shorten "
-                "the prompt."
-            )
-        pieces.append(kept)
-    if cut:
+    for index, row in enumerate(cast("Iterable[Mapping[str, Any]]", dataset)):
+        pieces += write(row, texts.at(split, index))
+    if cut := write.cut:
         log.warning(
             "%d of %d samples (%.1f %%) are longer than data.max_length %d tokens and were cut.",
             cut, len(dataset), 100 * cut / len(dataset), max_length,
         )  # fmt: skip
-    highest = max(max(piece.ids) for piece in pieces)
-    if vocab_size is not None and highest >= vocab_size:
-        raise DataError(
-            f"the {split} split has token id {highest}, but the model's vocabulary has "
-            f"{vocab_size} tokens: this tokenizer belongs to another model. Use the one saved with "
-            "the model."
-        )
-    rows = packed([len(piece.ids) for piece in pieces], max_length) if packing else None
-    return _dataset(pieces, rows)
+    return lay_out(pieces, max_length if packing else None)
+
+
+class RowWriter:
+    """What a row becomes: pieces of at most ``max_length`` tokens. Arguments as in
+    :func:`tokenize_texts`.
+
+    Raises:
+        DataError: From calls: the row gives no token, nothing to learn, or a token that is not of
+            the model.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        completion_only: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.kind, self.tokenizer, self.max_length = kind, tokenizer, max_length
+        self.completion_only, self.vocab_size = completion_only, vocab_size
+        self.cut = 0
+        """Completions and conversations that lost their end."""
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> list[Piece]:
+        whole = _WRITERS[self.kind](self.tokenizer, row, self.completion_only, where)
+        if not whole.ids:
+            raise DataError(f"{where} gives no token at all; take it out of the data.")
+        highest = max(whole.ids)
+        if self.vocab_size is not None and highest >= self.vocab_size:
+            raise ForeignTokens(
+                f"{where} has token id {highest}, but the model's vocabulary has "
+                f"{self.vocab_size} tokens: this tokenizer belongs to another model. Use the one "
+                "saved with the model."
+            )
+        if self.kind == "text":
+            return list(_pieces(whole, self.max_length))
+        kept = Piece(whole.ids[: self.max_length], whole.labels[: self.max_length])
+        if all(label == IGNORED for label in kept.labels[1:]):
+            raise DataError(
+                f"{where}: the first {self.max_length} of {len(whole.ids)} tokens "
+                "(data.max_length) hold nothing to learn: the prompt fills them. Raise "
+                "data.max_length, or shorten the prompt."
+            )
+        self.cut += len(whole.ids) > self.max_length
+        return [kept]
+
+
+class ForeignTokens(DataError):
+    """The tokenizer is another model's: no other row would be better."""
 
 
 def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -154,7 +180,9 @@ def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])
 
 
-def _dataset(pieces: Sequence[Piece], rows: Sequence[Sequence[int]] | None) -> LanguageDataset:
+def lay_out(pieces: Sequence[Piece], size: int | None) -> LanguageDataset:
+    """Pieces as samples: packed into rows of up to ``size`` tokens, or each by itself (None)."""
+    rows = None if size is None else packed([len(piece.ids) for piece in pieces], size)
     order = [[n] for n in range(len(pieces))] if rows is None else rows
     flat = [pieces[n] for row in order for n in row]
     columns = {
@@ -301,4 +329,14 @@ def targets_of(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], nothing], 1)
 
 
-__all__ = ["LanguageCollator", "LanguageDataset", "packed", "targets_of", "tokenize_texts"]
+__all__ = [
+    "ForeignTokens",
+    "LanguageCollator",
+    "LanguageDataset",
+    "Piece",
+    "RowWriter",
+    "lay_out",
+    "packed",
+    "targets_of",
+    "tokenize_texts",
+]
