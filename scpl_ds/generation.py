@@ -119,7 +119,8 @@ class Samples:
         """``prompt`` and ``text`` of every prompt, on rank 0; elsewhere nothing. Every rank calls
         it, between two steps."""
         mesh = engine.mesh
-        rows, ends = broadcast_object(mesh, (self._ids, self._ends))
+        given, ends = broadcast_object(mesh, (self._ids, self._ends))
+        rows = [list(ids) for ids in given]
         starts = [len(row) for row in rows]
         width = max(starts) + self.max_new_tokens
         for _ in range(self.max_new_tokens):

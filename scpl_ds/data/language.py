@@ -288,31 +288,47 @@ _WRITERS: dict[str, Callable[..., Piece]] = {
 
 
 class LanguageCollator:
-    """Samples of a :class:`LanguageDataset` -> one batch, padded to its longest.
+    """Samples of a :class:`LanguageDataset` -> one batch, padded to its longest on the side the
+    tokenizer says.
 
     Returns ``input_ids`` and ``labels`` int64 [B, T], and ``attention_mask``; packed,
     ``position_ids`` in its place: padding then is a document of its own at the end of its row.
+
+    What stands on the left is made to change nothing: the last of it is not taught the first token
+    of the text, and ``position_ids`` count from there.
+
+    Args:
+        tokenizer: Says what pads, and where.
+        pad_to_multiple_of: Of the length of a batch.
+        with_positions: The model takes ``position_ids``. One that does not, and has learned
+            positions, computes something else behind padding.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pad_to_multiple_of: int | None = None,
+        with_positions: bool = True,
     ) -> None:
         pad = tokenizer.pad_token_id
         if not isinstance(pad, int):
             raise DataError("The tokenizer has no pad token; set data.pad_token: eos.")
         self.pad = {"input_ids": pad, "labels": IGNORED}
-        self.left = tokenizer.padding_side == "left"
+        self.left, self.with_positions = tokenizer.padding_side == "left", with_positions
         self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         is_packed = "position_ids" in samples[0]
+        left = self.left and not is_packed
         lengths = [len(sample["input_ids"]) for sample in samples]
         width = -(-max(lengths) // self.multiple) * self.multiple
         shape = (len(samples), width)
         arrays = {name: np.full(shape, value, np.int64) for name, value in self.pad.items()}
         arrays["position_ids" if is_packed else "attention_mask"] = np.zeros(shape, np.int64)
+        if left and self.with_positions:
+            arrays["position_ids"] = np.zeros(shape, np.int64)
         for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-            left = self.left and not is_packed
             place = slice(width - length, width) if left else slice(0, length)
             for name, values in sample.items():
                 arrays[name][row, place] = values
@@ -320,6 +336,10 @@ class LanguageCollator:
                 arrays["position_ids"][row, length:] = np.arange(width - length)
             else:
                 arrays["attention_mask"][row, place] = 1
+            if left:
+                arrays["labels"][row, width - length] = IGNORED
+            if left and self.with_positions:
+                arrays["position_ids"][row, place] = np.arange(length)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

@@ -71,6 +71,8 @@ class Data:
     tokenizer: Any
     train: Tokenized | Stream | range
     eval: Tokenized | range
+    input_names: Collection[str] = ()
+    """What the model's forward takes, where data are read."""
 
 
 @dataclasses.dataclass
@@ -108,6 +110,7 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
         anatomy_of(config, model.task, attn_implementation=attention).forward_keys,
     )
     found = (_texts if model.task == "causal-lm" else _labelled)(recipe, reading, trained)
+    found.input_names = reading.input_names
     if trained is None and not isinstance(found.train, Stream) and len(found.train) == 0:
         raise DataError(f"data: '{recipe.data.name}' has no training split.")
     return found
@@ -307,8 +310,11 @@ def _loading(recipe: Recipe, data: Data, mesh: Mesh) -> dict[str, Any]:
 def _collator(recipe: Recipe, data: Data) -> Any:
     if data.tokenizer is None:
         return _no_batch
-    kind = LanguageCollator if recipe.model.task == "causal-lm" else Collator
-    return kind(data.tokenizer, pad_to_multiple_of=_options(recipe).pad_to_multiple_of)
+    multiple = _options(recipe).pad_to_multiple_of
+    if recipe.model.task != "causal-lm":
+        return Collator(data.tokenizer, pad_to_multiple_of=multiple)
+    takes = "position_ids" in data.input_names
+    return LanguageCollator(data.tokenizer, pad_to_multiple_of=multiple, with_positions=takes)
 
 
 def _no_batch(samples: list[Any]) -> Any:

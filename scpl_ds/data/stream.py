@@ -153,7 +153,7 @@ class Stream:
         except DataError as error:
             if not self.drop_invalid:
                 raise DataError(
-                    f"{error} Correct it, or set data.drop_invalid_rows: true to leave out such rows."
+                    f"{error} Correct it, or leave such rows out: data.drop_invalid_rows: true."
                 ) from error
             if not may_drop:
                 raise DataError(f"{self.source.origin}: every row is unusable: {error}") from error
