@@ -106,7 +106,7 @@ def test_samples_over_two_ranks_are_what_the_export_generates(tmp_path: Path) ->
     rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == [10] * 3 + [20] * 3
     last = {row["prompt"]: row["text"] for row in rows[3:]}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").eval()
     tokenizer = tiny_lm.tokenizer()
     for prompt in PROMPTS:
         batch: Any = tokenizer(prompt, return_tensors="pt")

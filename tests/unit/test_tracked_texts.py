@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from scpl_ds.trackers._base import Tracker, TrackerOptions, TrackerSet
-from scpl_ds.trackers.console import ConsoleTracker
+from scpl_ds.trackers.console import ConsoleOptions, ConsoleTracker
 from scpl_ds.trackers.jsonl import JsonlTracker
 from tests.support.wandb_file import read_wandb_file
 
@@ -29,7 +29,7 @@ def jsonl(folder: Path, **more: int) -> JsonlTracker:
 def test_the_console_shows_each_text_on_a_line(tmp_path: Path):
     said = io.StringIO()
     tracker = ConsoleTracker(
-        ConsoleTracker.Options(), run_dir=tmp_path, resume=False, console=Console(file=said)
+        ConsoleOptions(), run_dir=tmp_path, resume=False, console=Console(file=said)
     )
     tracker.start({})
     tracker.texts("samples", ROWS, 40)
