@@ -1,15 +1,17 @@
-"""Text from a trained language model."""
+"""Text from a language model: a finished run's as a whole, a running one's in its stages."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scpl_ds.data.text import load_tokenizer
+from scpl_ds.distributed.collectives import broadcast_object, gather_objects
+from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.export import export_checkpoint, load_exported
 from scpl_ds.recipe import Recipe
@@ -72,6 +74,96 @@ def generate(
     return tokenizer.batch_decode(
         found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
+
+
+class Samples:
+    """What a model in stages goes on with after fixed prompts, while it is trained.
+
+    The likeliest token every time, as ``generate(do_sample=False)`` takes it. No rank ever holds
+    the whole model: the prompts, padded on the right to the longest and the room for what comes,
+    go through the stages as one evaluation micro-batch for every token. There is no cache of keys
+    and values, so a token costs a forward pass over that width.
+
+    Args:
+        tokenizer: None on ranks without one.
+        prompts: Texts.
+        max_new_tokens: Longest continuation, in tokens.
+        config: The model's, for the tokens that end a text and for its positions.
+
+    Raises:
+        DataError: A prompt gives no token, or leaves too few positions.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, config: Any
+    ) -> None:
+        self.tokenizer, self.prompts, self.max_new_tokens = tokenizer, prompts, max_new_tokens
+        self._ids: list[list[int]] = []
+        self._ends = _ends(config)
+        if tokenizer is None:
+            return
+        self._ends |= {tokenizer.eos_token_id} - {None} if not self._ends else set()
+        self._ids = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        for number, ids in enumerate(self._ids):
+            if not ids:
+                raise DataError(f"train.sample_prompts[{number}] gives no token at all.")
+            if positions is not None and len(ids) + max_new_tokens > positions:
+                raise DataError(
+                    f"train.sample_prompts[{number}] has {len(ids)} tokens; with "
+                    f"train.sample_max_new_tokens {max_new_tokens} that is more than the model's "
+                    f"{positions} positions. Shorten one of the two."
+                )
+
+    def take(self, engine: Engine) -> list[dict[str, str]]:
+        """``prompt`` and ``text`` of every prompt, on rank 0; elsewhere nothing. Every rank calls
+        it, between two steps."""
+        mesh = engine.mesh
+        given, ends = broadcast_object(mesh, (self._ids, self._ends))
+        rows = [list(ids) for ids in given]
+        starts = [len(row) for row in rows]
+        width = max(starts) + self.max_new_tokens
+        for _ in range(self.max_new_tokens):
+            (output,) = engine.evaluate(_as_batch(rows, width, engine), 1)
+            own: list[int] | None = None
+            if output.logits is not None:
+                last = torch.tensor([len(row) - 1 for row in rows])
+                own = output.logits[torch.arange(len(rows)), last].argmax(-1).tolist()
+            # Data-parallel ranks have the same weights; one answer keeps them at the same prompts.
+            tokens = next(t for t in gather_objects(mesh, own) if t is not None)
+            for row, start, token in zip(rows, starts, tokens, strict=True):
+                if len(row) == start or row[-1] not in ends:
+                    row.append(token)
+            if all(len(r) > s and r[-1] in ends for r, s in zip(rows, starts, strict=True)):
+                break
+        if mesh.rank != 0:
+            return []
+        new = [row[start:] for row, start in zip(rows, starts, strict=True)]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [
+            {"prompt": prompt, "text": text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+
+
+def _ends(config: Any) -> set[int]:
+    """Tokens that end a text."""
+    found = config.get_text_config().eos_token_id
+    return set(found) if isinstance(found, list) else {found} - {None}
+
+
+def _as_batch(
+    rows: Sequence[Sequence[int]], width: int, engine: Engine
+) -> Iterator[dict[str, torch.Tensor]] | None:
+    """The prompts so far as one micro-batch, where data are read. What pads is masked out."""
+    if not engine.is_first_stage():
+        return None
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return iter([{"input_ids": ids, "attention_mask": mask}])
 
 
 def _as_message(tokenizer: Any, prompt: str) -> str:

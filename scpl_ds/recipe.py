@@ -22,6 +22,7 @@ from scpl_ds.ds_keys import FILLS, TOP
 from scpl_ds.ds_limits import unsupported
 from scpl_ds.errors import RecipeError
 from scpl_ds.problems import Problem, problems_of, recipe_error, show, unknown_key
+from scpl_ds.recipe_checks import across
 from scpl_ds.recipe_fields import Section
 from scpl_ds.recipe_files import apply_overrides, read_mapping
 from scpl_ds.recipe_fingerprint import fingerprint_of
@@ -229,7 +230,7 @@ def recipe_schema() -> dict[str, Any]:
 def _build(raw: dict[str, Any], problems: list[Problem], where: str, run_dir: str) -> Recipe:
     required = ("model", "scpl", "deepspeed", "data")
     sections, found = _sections(raw, required)
-    problems = problems + found
+    problems = problems + found + across(sections)
     if problems:
         raise recipe_error(problems, where)
     train: TrainSection = sections.get("train") or TrainSection()

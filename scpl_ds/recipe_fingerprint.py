@@ -51,6 +51,8 @@ _NOT_IN_FINGERPRINT = {
         "profile",
         "profile_steps",
         "diagnostics",
+        "sample_prompts",
+        "sample_max_new_tokens",
         "export",
         "export_dir",
         "per_device_eval_batch_size",
@@ -61,6 +63,12 @@ _NOT_IN_FINGERPRINT = {
 _ADDED: dict[str, dict[str, Any]] = {
     "scpl": {"method": "scpl", "freeze_stages": 0, "polish": 0.0, "lookahead": 0, "head_lr": 1.0},
     "train": {"group_by_length": False},
+    "data": {
+        "packing": False,
+        "completion_only": True,
+        "streaming": False,
+        "shuffle_buffer": 10_000,
+    },
 }
 """Keys that older recipes do not have, and what they mean then."""
 

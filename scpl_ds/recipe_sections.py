@@ -166,6 +166,12 @@ class TrainSection(Section):
     diagnostics: bool = False
     """Every evaluation also says what the features of each stage are worth: nearest-class accuracy,
     rank, alignment, uniformity."""
+    sample_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """``causal-lm``: at every evaluation the trackers get what the model goes on with after each of
+    these, the likeliest token every time. The tokens go through the stages, none is put together;
+    each is a forward pass of all prompts."""
+    sample_max_new_tokens: Count = 32
+    """Longest continuation of ``sample_prompts``, in tokens."""
     export: bool = True
     """Write the trained model as an ordinary Hugging Face folder at the end."""
     export_dir: HomePath | None = None

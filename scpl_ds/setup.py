@@ -101,7 +101,7 @@ def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Dat
     if recipe.scpl.partition == "time":
         facts = from_rank_0(mesh, lambda: _with_cut(recipe, facts, trained))
     if data is None:
-        return Data(facts, None, range(facts.num_train), range(facts.num_eval))
+        return Data(facts, None, range(facts.num_train or 0), range(facts.num_eval))
     data.facts = facts
     return data
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from scpl_ds import checkpoint, export
-from scpl_ds.data.prepared import Data, make_loaders, whole_eval_loader
+from scpl_ds.data.prepared import Data, make_loaders, saved_position, whole_eval_loader
+from scpl_ds.data.stream import StreamLoader
 from scpl_ds.distributed.collectives import barrier, broadcast_object
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
 from scpl_ds.evaluation import diagnose, evaluate, score_model
+from scpl_ds.generation import Samples
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
@@ -61,17 +63,18 @@ class Progress:
     """Where a run stands and where it will end."""
 
     total_steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None
+    """None: a stream, which is taken to end where the run does."""
     done: int = 0
 
     def epoch(self, step: int) -> float:
-        return step / self.steps_per_epoch
+        return step / (self.steps_per_epoch or self.total_steps)
 
     def due(self, strategy: str, every: int | None, step: int) -> bool:
         """Whether ``strategy`` (``no``, ``steps``, ``epoch``) asks for something after ``step``."""
         if strategy == "steps":
             return every is not None and step % every == 0
-        return strategy == "epoch" and step % self.steps_per_epoch == 0
+        return strategy == "epoch" and step % (self.steps_per_epoch or self.total_steps) == 0
 
 
 class Run:
@@ -120,6 +123,7 @@ class Run:
             self.engine, self.memory, self.trackers, profile_steps=self._profile_steps()
         )
         self.last_eval: dict[str, float] = {}
+        self.samples: Samples | None = together(mesh, self._make_samples)
 
     # -- before the first step -------------------------------------------------------------
 
@@ -139,6 +143,11 @@ class Run:
                 strategy, self.recipe.data.name,
             )  # fmt: skip
 
+    def _make_samples(self) -> Samples | None:
+        prompts, most = self.recipe.train.sample_prompts, self.recipe.train.sample_max_new_tokens
+        found = Samples(self.data.tokenizer, prompts, most, self.model.config)
+        return found if prompts else None
+
     def _find_checkpoint(self) -> Path | None:
         asked = self.recipe.train.resume_from_checkpoint
         if asked is False:
@@ -147,6 +156,8 @@ class Run:
 
     def _plan_steps(self) -> Progress:
         train = self.recipe.train
+        if isinstance(self.train_loader, StreamLoader):
+            return Progress(train.max_steps, None)
         per_epoch = self.train_loader.num_micro_batches_per_epoch
         per_epoch //= self.recipe.deepspeed.batch(self.mesh.dp_size).accumulation
         total = (
@@ -187,14 +198,15 @@ class Run:
         shown = min(sizes.accumulation, 4)
         drawing = draw_schedule(self.recipe, self.engine.num_stages, max(2, shown))
         together = self.recipe.scpl.method != "scpl" or self.recipe.scpl.clip_scope == "global"
+        total, count = self.progress.total_steps, self.data.facts.num_train
+        epochs = "a stream" if count is None else f"{self.progress.epoch(total):.2f} epochs"
         log.info("%s\n", self._plan_text())
         log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.order, drawing)
         log.info(
-            "global batch %d = micro-batch %d x %d micro-batches x %d dp; %d training and %d "
-            "evaluation samples; %d steps (%.2f epochs); clip %g %s; run folder %s",
+            "global batch %d = micro-batch %d x %d micro-batches x %d dp; %s training and %d "
+            "evaluation samples; %d steps (%s); clip %g %s; run folder %s",
             sizes.global_batch, sizes.micro_batch, sizes.accumulation, self.mesh.dp_size,
-            self.data.facts.num_train, self.data.facts.num_eval, self.progress.total_steps,
-            self.progress.epoch(self.progress.total_steps),
+            count or "streamed", self.data.facts.num_eval, total, epochs,
             self.recipe.deepspeed.gradient_clipping,
             "over all stages" if together else "per stage", self.folder.path,
         )  # fmt: skip
@@ -258,10 +270,12 @@ class Run:
                 self.engine.train_batch(batches)
             last = step == progress.total_steps
             if step % train.logging_steps == 0 or last:
-                extra = {"lr": self.engine.lr_at(step - 1), "epoch": progress.epoch(step)}
+                extra = {"lr": self.engine.lr_at(step - 1)}
+                if progress.steps_per_epoch is not None:
+                    extra["epoch"] = progress.epoch(step)
                 self.report.post(step, extra)
             self.report.show()
-            if self.eval_loader is not None and (
+            if (self.eval_loader or self.samples) is not None and (
                 progress.due(train.eval_strategy, train.eval_steps, step)
                 or (last and train.eval_strategy != "no")
             ):
@@ -289,22 +303,25 @@ class Run:
             self._save(done)
 
     def _evaluate(self, step: int) -> None:
-        assert self.eval_loader is not None
         self.engine.drain()
-        log.info("step %d: evaluating %d samples", step, self.data.facts.num_eval)
-        more: dict[str, float] = {}
-        if self.recipe.train.diagnostics:
-            score, more = diagnose(self.engine, self.eval_loader)
-        else:
-            score = evaluate(self.engine, self.eval_loader)
-        self.last_eval = score.metrics()
         self.report.show()  # all up to this step has been posted: keep the step axis monotonic
-        self.trackers.log({**self.last_eval, **more}, step)
+        if self.eval_loader is not None:
+            log.info("step %d: evaluating %d samples", step, self.data.facts.num_eval)
+            more: dict[str, float] = {}
+            if self.recipe.train.diagnostics:
+                score, more = diagnose(self.engine, self.eval_loader)
+            else:
+                score = evaluate(self.engine, self.eval_loader)
+            self.last_eval = score.metrics()
+            self.report.show()
+            self.trackers.log({**self.last_eval, **more}, step)
+        if self.samples is not None:
+            self.trackers.texts("samples", self.samples.take(self.engine), step)
 
     def _save(self, step: int) -> None:
         train = self.recipe.train
         state = {
-            "data": self.train_loader.position,
+            "data": saved_position(self.train_loader, self.mesh),
             "fingerprint": self.recipe.fingerprint(),
             "recipe": self.recipe.to_mapping(),
             "versions": versions(),

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from scpl_ds.data.loader import BatchLoader
 from scpl_ds.data.prepared import Data, make_eval_loader, make_loaders
+from scpl_ds.data.stream import Stream
 from scpl_ds.errors import DataError
 from scpl_ds.evaluation import evaluate
 from scpl_ds.recipe import Recipe
@@ -38,6 +40,8 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
     """
     mesh, device = start_world(recipe)
     data = load_data(recipe, mesh)
+    if isinstance(data.train, Stream):
+        raise DataError("bench quality splits and counts the data; set data.streaming: false.")
     if isinstance(data.train, range) or data.facts.num_eval == 0:
         raise DataError(
             f"data: '{recipe.data.name}' has no evaluation split, which is the test set here. Give "
@@ -47,7 +51,7 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
     model = cut_model(recipe, data.facts)
     train, validate = make_loaders(recipe, learned, mesh, device)
     test = make_eval_loader(recipe, data, mesh)
-    assert validate is not None and test is not None
+    assert validate is not None and test is not None and isinstance(train, BatchLoader)
     per_epoch = train.num_micro_batches_per_epoch // recipe.deepspeed.batch(1).accumulation
     steps = recipe.train.max_steps
     if steps <= 0:
@@ -92,7 +96,7 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
 
 def _split(data: Data, validation: float) -> tuple[Data, int]:
     """The training data without the held-out ones, which are evaluated; and how many those are."""
-    assert not isinstance(data.train, range)
+    assert not isinstance(data.train, range | Stream)
     order = torch.randperm(
         len(data.train), generator=torch.Generator().manual_seed(_SPLIT_SEED)
     ).tolist()

@@ -11,15 +11,15 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 from scpl_ds.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", "Splits", "Texts")
@@ -45,6 +45,12 @@ class DataOptions(BaseModel):
     completion_only: bool = True
     """``causal-lm``: of prompts with completions and of conversations, only the answers are
     learned and scored."""
+    streaming: bool = False
+    """``causal-lm``: read and tokenise the training data as they are asked for, instead of all of
+    them before the first step. Needs ``train.max_steps``; the evaluation data are read ahead."""
+    shuffle_buffer: PositiveInt = 10_000
+    """``streaming``: rows read ahead and shuffled together, by ``train.seed``; 1 keeps their
+    order."""
     max_train_samples: PositiveInt | None = None
     """Keep this many training samples, drawn by ``seed``. None keeps all. Of ``causal-lm`` on
     documents a sample is a piece of ``max_length`` tokens, or a packed row."""
@@ -53,6 +59,15 @@ class DataOptions(BaseModel):
     seed: NonNegativeInt = 0
     """Which samples ``max_train_samples`` and ``max_eval_samples`` keep. The order of training
     has its own seed, ``train.seed``."""
+
+    @model_validator(mode="after")
+    def _stream_has_no_sample(self) -> Self:
+        if self.streaming and self.max_train_samples is not None:
+            raise ValueError(
+                "max_train_samples draws from all of the samples, which a stream does not know; "
+                "remove it, train.max_steps ends the training"
+            )
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +117,27 @@ class Texts:
         return _place(self.train if split == "train" else self.eval, self.origin, split, index)
 
 
+@dataclasses.dataclass(frozen=True)
+class TextStream:
+    """Rows of text that are read one after the other and looked at on the way."""
+
+    kind: Literal["text", "prompt", "messages"]
+    rows: IterableDataset
+    columns: Mapping[str, str]
+    """``text``, or ``prompt`` and ``completion``, or ``messages`` -> the column of ``rows``."""
+    origin: str
+    """What a row number follows in messages."""
+    numbered: bool = False
+    """Rows have their number in ``row``; else they are counted, shard by shard."""
+
+
+class Streamed(NamedTuple):
+    """Training data as a stream, evaluation data in memory."""
+
+    train: TextStream | None
+    eval: Texts | None
+
+
 class DataSource(abc.ABC):
     """Where text comes from. Made from a recipe's ``data`` section."""
 
@@ -130,6 +166,17 @@ class DataSource(abc.ABC):
         raise DataError(
             f"data.name: '{self.name}' gives labelled samples, which model.task: causal-lm has no "
             "use for. Use text, jsonl, csv, tsv, parquet or hf."
+        )
+
+    def stream_texts(self) -> Streamed:
+        """:meth:`load_texts` with ``streaming``: no training row has been read yet.
+
+        Raises:
+            DataError: As ``load_texts``; or this source cannot stream.
+        """
+        raise DataError(
+            f"data.streaming: '{self.name}' cannot be streamed. Use text, jsonl, csv, tsv, parquet "
+            "or hf."
         )
 
     def limit(self, splits: S) -> S:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
-from scpl_ds.data._base import Texts, in_held_out
+from scpl_ds.data._base import Texts, TextStream, in_held_out
 from scpl_ds.data._columns import ColumnOptions, Table
 from scpl_ds.errors import DataError
 
@@ -60,15 +61,28 @@ def build_texts(
     return Texts(kind, checked.get("train"), checked.get("eval"), origin)
 
 
+def text_stream(
+    rows: IterableDataset, wanted: Mapping[str, str], origin: str, *, numbered: bool = False
+) -> TextStream:
+    """A stream of the columns a recipe asks for (``ColumnOptions.text_columns``)."""
+    kind, names = _KINDS[next(iter(wanted))]
+    own = dict(zip(names, wanted.values(), strict=True))
+    return TextStream(kind, rows, own, origin, numbered)
+
+
+def why_not(name: str, value: Any) -> str | None:
+    """What keeps a cell from being ``text``, ``prompt``, ``completion`` or ``messages``."""
+    return _no_conversation(value) if name == "messages" else _no_text(value)
+
+
 def _checked(table: Table, own: dict[str, str], options: ColumnOptions) -> Dataset:
     source = table.origin.rsplit(", ", 1)[0]
     if not table.rows:
         raise DataError(f"{source}: no rows, the data set is empty.")
     bad: dict[int, str] = {}
     for name, column in own.items():
-        why = _no_conversation if name == "messages" else _no_text
         for index, value in enumerate(table.columns[column]):
-            if problem := why(value):
+            if problem := why_not(name, value):
                 bad.setdefault(index, f"column '{column}' {problem}")
     if bad and not options.drop_invalid_rows:
         first = min(bad)

@@ -1,31 +1,29 @@
 """Labelled text from local files: csv, tsv, jsonl, parquet.
 
-The readers are the standard library's (parquet: pyarrow's), because what a user needs from a bad
-file is the line it is on; a file is held in memory once, as Arrow columns.
+A file is held in memory once, or streamed.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts, in_held_out
+from scpl_ds.data._base import DataOptions, DataSource, Splits, Streamed, Texts, in_held_out
 from scpl_ds.data._columns import ColumnOptions, RawSplit, Table, require_columns, typed_labels
 from scpl_ds.data._labelled import build_splits
-from scpl_ds.data._texts import build_texts
+from scpl_ds.data._readers import existing, named_rows, reading, rows_of
+from scpl_ds.data._texts import build_texts, text_stream
 from scpl_ds.errors import DataError
 from scpl_ds.recipe_fields import AbsolutePath
-from scpl_ds.registry import did_you_mean
 
 
 class FilePair(BaseModel):
     """A file to train on and one to evaluate on."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
     short_names: ClassVar[dict[str, str]] = {"train": "train_file", "eval": "eval_file"}
 
     train_file: AbsolutePath | None = None
@@ -67,6 +65,8 @@ class FileOptions(FilePair, ColumnOptions):
             raise ValueError(
                 "eval_fraction holds out a part of train_file; set one of it and eval_file to null"
             )
+        if self.eval_fraction is not None and self.streaming:
+            raise ValueError("eval_fraction needs all of train_file; a stream needs an eval_file")
         return self
 
 
@@ -95,6 +95,21 @@ class FileSource(DataSource):
         train, held_out = self._tables(options.text_columns())
         return self.limit(build_texts(train, held_out, options, fraction=options.eval_fraction))
 
+    def stream_texts(self) -> Streamed:
+        from datasets import IterableDataset
+
+        options, wanted = self.options, self.options.text_columns()
+        stream, path = None, options.train_file
+        if path is not None:
+            existing(path)
+            given = {"path": path, "options": options, "wanted": wanted, "name": self.name}
+            rows = IterableDataset.from_generator(named_rows, gen_kwargs=given)
+            word = "row" if self.name == "parquet" else "line"
+            stream = text_stream(rows, wanted, f"{path}, {word}", numbered=True)
+        held_out = None if options.eval_file is None else self._read(options.eval_file, wanted)
+        texts = None if held_out is None else self.limit(build_texts(None, held_out, options))
+        return Streamed(stream, texts)
+
     def _tables(self, wanted: Mapping[str, str]) -> tuple[Table | None, Table | None]:
         files = self.options.train_file, self.options.eval_file
         train, held_out = (None if file is None else self._read(file, wanted) for file in files)
@@ -102,31 +117,10 @@ class FileSource(DataSource):
 
     def _read(self, path: Path, wanted: Mapping[str, str]) -> Table:
         existing(path)
-        try:
-            return _READERS[self.name](path, self.options, wanted, self.name)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position "
-                f"{error.start} of a block read. Save it as UTF-8."
-            ) from error
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def existing(path: Path) -> None:
-    """
-    Raises:
-        DataError: There is no such file, or nothing in it.
-    """
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")] or [""])
-        raise DataError(
-            f"{path} {what}{near or '.'} Correct data.train_file or data.eval_file; a relative "
-            "path starts from the folder the command is called in."
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes).")
+        if self.name != "parquet":
+            return _read_rows(path, self.options, wanted, self.name)
+        with reading(path):
+            return _read_parquet(path, wanted)
 
 
 def hold_out(raw: RawSplit, fraction: float) -> tuple[RawSplit, RawSplit]:
@@ -147,82 +141,19 @@ def hold_out(raw: RawSplit, fraction: float) -> tuple[RawSplit, RawSplit]:
     return kept, held_out
 
 
-def _read_delimited(
-    path: Path, options: FileOptions, wanted: Mapping[str, str], name: str
-) -> Table:
-    quoted = options.quoted if options.quoted is not None else name == "csv"
-    delimiter = options.delimiter or ("\t" if name == "tsv" else ",")
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(
-            file,
-            delimiter=delimiter,
-            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-            strict=True,
-        )
-        lines: list[int] = []
-        cells: list[list[str]] = []
-        start = 1
-        try:
-            header = [column.strip() for column in next(reader, [])]
-            require_columns(header, wanted, where=str(path))
-            places = [header.index(column) for column in wanted.values()]
-            start = reader.line_num + 1
-            for record in reader:
-                if record and len(record) != len(header):
-                    hint = "quote cells that hold it" if quoted else "or set data.quoted: true"
-                    raise DataError(
-                        f"{path}, line {start}: {len(record)} cells, but the header has "
-                        f"{len(header)} ({', '.join(header)}). Cells are split at {delimiter!r}; "
-                        f"{hint}."
-                    )
-                if record:
-                    lines.append(start)
-                    cells.append([record[i] for i in places])
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {start}: {error}. A double quote is not closed, or data.quoted: "
-                f"false is what the file needs."
-            ) from error
-    columns: dict[str, list[Any]] = _by_name(wanted, cells)
-    if (label := wanted.get("data.label_column")) is not None:
+def _read_rows(path: Path, options: FileOptions, wanted: Mapping[str, str], name: str) -> Table:
+    lines: list[int] = []
+    cells: list[list[Any]] = []
+    for line, row in rows_of(path, options, wanted, name):
+        lines.append(line)
+        cells.append(row)
+    columns = {column: [row[i] for row in cells] for i, column in enumerate(wanted.values())}
+    if (label := wanted.get("data.label_column")) is not None and name != "jsonl":
         columns[label] = typed_labels(columns[label])
     return Table(f"{path}, line", lines, columns)
 
 
-def _by_name(wanted: Mapping[str, str], cells: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
-    return {name: [row[i] for row in cells] for i, name in enumerate(wanted.values())}
-
-
-def _read_jsonl(path: Path, options: FileOptions, wanted: Mapping[str, str], name: str) -> Table:
-    lines: list[int] = []
-    cells: list[list[Any]] = []
-    names = list(wanted.values())
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}. "
-                    f"jsonl is one {{...}} on each line."
-                ) from error
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{path}, line {number}: {type(record).__name__}, but jsonl is one {{...}} on "
-                    f"each line."
-                )
-            if not all(column in record for column in names):
-                require_columns(record, wanted, where=f"{path}, line {number}")
-            lines.append(number)
-            cells.append([record[column] for column in names])
-    return Table(f"{path}, line", lines, _by_name(wanted, cells))
-
-
-def _read_parquet(path: Path, options: FileOptions, wanted: Mapping[str, str], name: str) -> Table:
+def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
@@ -247,11 +178,3 @@ def table_of_dataset(dataset: Any, wanted: Mapping[str, str], *, origin: str) ->
         {name: list(dataset[name]) for name in names},
         {name: tuple(f.names) for name, f in features.items() if isinstance(f, ClassLabel)},
     )
-
-
-_READERS: dict[str, Callable[[Path, FileOptions, Mapping[str, str], str], Table]] = {
-    "csv": _read_delimited,
-    "tsv": _read_delimited,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
-from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from scpl_ds.data._base import DataOptions, DataSource, Splits, Streamed, Texts
 from scpl_ds.data._columns import ColumnOptions, Table, require_columns
 from scpl_ds.data._labelled import build_splits
-from scpl_ds.data._texts import build_texts
+from scpl_ds.data._texts import build_texts, text_stream
 from scpl_ds.data.files import table_of_dataset
 from scpl_ds.errors import DataError
 from scpl_ds.recipe_fields import AbsolutePath, NameOrFolder
 from scpl_ds.registry import did_you_mean
 
-if TYPE_CHECKING:
-    from datasets import DatasetDict
+Splitted = DatasetDict | IterableDatasetDict
 
 
 class HubOptions(ColumnOptions):
@@ -59,28 +60,60 @@ class HubSource(DataSource):
         train, held_out = self._tables(self.options.text_columns())
         return self.limit(build_texts(train, held_out, self.options))
 
+    def stream_texts(self) -> Streamed:
+        options, wanted = self.options, self.options.text_columns()
+        dataset = _fetch(options, streaming=True)
+        held_out = self._split(dataset, "data.eval_split", options.eval_split, wanted)
+        texts = None if held_out is None else self.limit(build_texts(None, held_out, options))
+        stream, name = None, options.train_split
+        if name is not None:
+            rows: Any = self._rows(dataset, "data.train_split", name)
+            if isinstance(rows, Dataset):  # of `save_to_disk`: on disk, and stays there
+                rows = rows.to_iterable_dataset()
+            where = f"{options.dataset} split '{name}'"
+            require_columns(_columns_of(rows, where), wanted, where=where)
+            stream = text_stream(rows, wanted, where)
+        return Streamed(stream, texts)
+
     def _tables(self, wanted: Mapping[str, str]) -> tuple[Table | None, Table | None]:
         dataset, options = _fetch(self.options), self.options
         train = self._split(dataset, "data.train_split", options.train_split, wanted)
         return train, self._split(dataset, "data.eval_split", options.eval_split, wanted)
 
     def _split(
-        self, dataset: DatasetDict, key: str, name: str | None, wanted: Mapping[str, str]
+        self, dataset: Splitted, key: str, name: str | None, wanted: Mapping[str, str]
     ) -> Table | None:
         if name is None:
             return None
         where = f"{self.options.dataset} split '{name}'"
+        rows = self._rows(dataset, key, name)
+        require_columns(_columns_of(rows, where), wanted, where=where)
+        if isinstance(rows, Dataset):
+            return table_of_dataset(rows, wanted, origin=f"{where}, row")
+        found = list(rows.select_columns(list(dict.fromkeys(wanted.values()))))
+        columns = {name: [row[name] for row in found] for name in wanted.values()}
+        return Table(f"{where}, row", range(len(found)), columns)
+
+    def _rows(self, dataset: Splitted, key: str, name: str) -> Dataset | IterableDataset:
         if name not in dataset:
             found = [str(split) for split in dataset]
             raise DataError(
                 f"{key}: '{self.options.dataset}' has no split '{name}'{did_you_mean(name, found)} "
                 f"Splits found: {', '.join(found)}. Set {key} to one of them, or to null."
             )
-        require_columns(dataset[name].column_names, wanted, where=where)
-        return table_of_dataset(dataset[name], wanted, origin=f"{where}, row")
+        return dataset[name]
 
 
-def _fetch(options: HubOptions) -> DatasetDict:
+def _columns_of(rows: Dataset | IterableDataset, where: str) -> list[str]:
+    """Names of the columns; a stream may know them from its first row only."""
+    if rows.column_names is not None:
+        return rows.column_names
+    for row in rows:
+        return list(row)
+    raise DataError(f"{where}: no rows, the data set is empty.")
+
+
+def _fetch(options: HubOptions, *, streaming: bool = False) -> Splitted:
     import datasets
 
     folder = Path(options.dataset)
@@ -92,13 +125,14 @@ def _fetch(options: HubOptions) -> DatasetDict:
                 str(folder) if folder.is_dir() else options.dataset,
                 options.config,
                 revision=options.revision,
+                streaming=streaming,
                 cache_dir=None if options.cache_dir is None else str(options.cache_dir),
             )
     # Not narrower: datasets lets errors of httpx, fsspec, pyarrow, pandas and its builders through,
     # and each means the same to a user: this data set cannot be had as asked.
     except Exception as error:
         raise DataError(_why_not(options, error)) from error
-    if not isinstance(loaded, datasets.DatasetDict):
+    if not isinstance(loaded, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise DataError(
             f"data.dataset: '{options.dataset}' is one {type(loaded).__name__} without splits; "
             f"save it as a DatasetDict."

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -106,40 +106,66 @@ def tokenize_texts(
     """
     dataset = texts.train if split == "train" else texts.eval
     assert dataset is not None
-    write = _WRITERS[texts.kind]
+    write = RowWriter(texts.kind, tokenizer, max_length, completion_only, vocab_size)
     pieces: list[Piece] = []
-    cut = 0
-    for index, row in enumerate(dataset):
-        where = texts.at(split, index)
-        whole = write(tokenizer, row, completion_only, where)
-        if not whole.ids:
-            raise DataError(f"{where} gives no token at all; take it out of the data.")
-        if texts.kind == "text":
-            pieces += _pieces(whole, max_length)
-            continue
-        cut += len(whole.ids) > max_length
-        kept = Piece(whole.ids[:max_length], whole.labels[:max_length])
-        if all(label == IGNORED for label in kept.labels[1:]):
-            raise DataError(
-                f"{where}: the first {max_length} of {len(whole.ids)} tokens (data.max_length) "
-                "hold nothing to learn: the prompt fills them. Raise data.max_length, or shorten "
-                "the prompt."
-            )
-        pieces.append(kept)
-    if cut:
+    for index, row in enumerate(cast("Iterable[Mapping[str, Any]]", dataset)):
+        pieces += write(row, texts.at(split, index))
+    if cut := write.cut:
         log.warning(
             "%d of %d samples (%.1f %%) are longer than data.max_length %d tokens and were cut.",
             cut, len(dataset), 100 * cut / len(dataset), max_length,
         )  # fmt: skip
-    highest = max(max(piece.ids) for piece in pieces)
-    if vocab_size is not None and highest >= vocab_size:
-        raise DataError(
-            f"the {split} split has token id {highest}, but the model's vocabulary has "
-            f"{vocab_size} tokens: this tokenizer belongs to another model. Use the one saved with "
-            "the model."
-        )
-    rows = packed([len(piece.ids) for piece in pieces], max_length) if packing else None
-    return _dataset(pieces, rows)
+    return lay_out(pieces, max_length if packing else None)
+
+
+class RowWriter:
+    """What a row becomes: pieces of at most ``max_length`` tokens. Arguments as in
+    :func:`tokenize_texts`.
+
+    Raises:
+        DataError: From calls: the row gives no token, nothing to learn, or a token that is not of
+            the model.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        completion_only: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.kind, self.tokenizer, self.max_length = kind, tokenizer, max_length
+        self.completion_only, self.vocab_size = completion_only, vocab_size
+        self.cut = 0
+        """Completions and conversations that lost their end."""
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> list[Piece]:
+        whole = _WRITERS[self.kind](self.tokenizer, row, self.completion_only, where)
+        if not whole.ids:
+            raise DataError(f"{where} gives no token at all; take it out of the data.")
+        highest = max(whole.ids)
+        if self.vocab_size is not None and highest >= self.vocab_size:
+            raise ForeignTokens(
+                f"{where} has token id {highest}, but the model's vocabulary has "
+                f"{self.vocab_size} tokens: this tokenizer belongs to another model. Use the one "
+                "saved with the model."
+            )
+        if self.kind == "text":
+            return list(_pieces(whole, self.max_length))
+        kept = Piece(whole.ids[: self.max_length], whole.labels[: self.max_length])
+        if all(label == IGNORED for label in kept.labels[1:]):
+            raise DataError(
+                f"{where}: the first {self.max_length} of {len(whole.ids)} tokens "
+                "(data.max_length) hold nothing to learn: the prompt fills them. Raise "
+                "data.max_length, or shorten the prompt."
+            )
+        self.cut += len(whole.ids) > self.max_length
+        return [kept]
+
+
+class ForeignTokens(DataError):
+    """The tokenizer is another model's: no other row would be better."""
 
 
 def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -164,7 +190,9 @@ def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])
 
 
-def _dataset(pieces: Sequence[Piece], rows: Sequence[Sequence[int]] | None) -> LanguageDataset:
+def lay_out(pieces: Sequence[Piece], size: int | None) -> LanguageDataset:
+    """Pieces as samples: packed into rows of up to ``size`` tokens, or each by itself (None)."""
+    rows = None if size is None else packed([len(piece.ids) for piece in pieces], size)
     order = [[n] for n in range(len(pieces))] if rows is None else rows
     flat = [pieces[n] for row in order for n in row]
     columns = {
@@ -270,31 +298,47 @@ _WRITERS: dict[str, Callable[..., Piece]] = {
 
 
 class LanguageCollator:
-    """Samples of a :class:`LanguageDataset` -> one batch, padded to its longest.
+    """Samples of a :class:`LanguageDataset` -> one batch, padded to its longest on the side the
+    tokenizer says.
 
     Returns ``input_ids`` and ``labels`` int64 [B, T], and ``attention_mask``; packed,
     ``position_ids`` in its place: padding then is a document of its own at the end of its row.
+
+    What stands on the left is made to change nothing: the last of it is not taught the first token
+    of the text, and ``position_ids`` count from there.
+
+    Args:
+        tokenizer: Says what pads, and where.
+        pad_to_multiple_of: Of the length of a batch.
+        with_positions: The model takes ``position_ids``. One that does not, and has learned
+            positions, computes something else behind padding.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pad_to_multiple_of: int | None = None,
+        with_positions: bool = True,
     ) -> None:
         pad = tokenizer.pad_token_id
         if not isinstance(pad, int):
             raise DataError("The tokenizer has no pad token; set data.pad_token: eos.")
         self.pad = {"input_ids": pad, "labels": IGNORED}
-        self.left = tokenizer.padding_side == "left"
+        self.left, self.with_positions = tokenizer.padding_side == "left", with_positions
         self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         is_packed = "position_ids" in samples[0]
+        left = self.left and not is_packed
         lengths = [len(sample["input_ids"]) for sample in samples]
         width = -(-max(lengths) // self.multiple) * self.multiple
         shape = (len(samples), width)
         arrays = {name: np.full(shape, value, np.int64) for name, value in self.pad.items()}
         arrays["position_ids" if is_packed else "attention_mask"] = np.zeros(shape, np.int64)
+        if left and self.with_positions:
+            arrays["position_ids"] = np.zeros(shape, np.int64)
         for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-            left = self.left and not is_packed
             place = slice(width - length, width) if left else slice(0, length)
             for name, values in sample.items():
                 arrays[name][row, place] = values
@@ -302,6 +346,10 @@ class LanguageCollator:
                 arrays["position_ids"][row, length:] = np.arange(width - length)
             else:
                 arrays["attention_mask"][row, place] = 1
+            if left:
+                arrays["labels"][row, width - length] = IGNORED
+            if left and self.with_positions:
+                arrays["position_ids"][row, place] = np.arange(length)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -311,4 +359,14 @@ def targets_of(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], nothing], 1)
 
 
-__all__ = ["LanguageCollator", "LanguageDataset", "packed", "targets_of", "tokenize_texts"]
+__all__ = [
+    "ForeignTokens",
+    "LanguageCollator",
+    "LanguageDataset",
+    "Piece",
+    "RowWriter",
+    "lay_out",
+    "packed",
+    "targets_of",
+    "tokenize_texts",
+]

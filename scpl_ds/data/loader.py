@@ -11,7 +11,7 @@ import collections
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,16 +21,19 @@ from torch.utils.data import DataLoader, Dataset
 from scpl_ds.errors import DataError
 
 Batch = dict[str, Tensor]
+C = TypeVar("C")
+T = TypeVar("T")
 _POOL = 50
 """Batches that are sorted by length together, as in Hugging Face's ``LengthGroupedSampler``."""
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     """Permutation of ``range(num_samples)`` for one epoch; equal on all ranks, [N] int64."""
-    return _permutation(num_samples, seed, epoch)
+    return permutation(num_samples, seed, epoch)
 
 
-def _permutation(count: int, *seeds: int) -> np.ndarray:
+def permutation(count: int, *seeds: int) -> np.ndarray:
+    """Random order of ``range(count)`` that follows from the seeds alone, [count] int64."""
     # SeedSequence mixes, so that (seed 1, epoch 0) and (seed 0, epoch 1) are not the same order.
     mixed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).numpy()
@@ -54,7 +57,7 @@ def group_by_length(
     for start in range(0, whole, _POOL * batch):
         pool = order[start : min(start + _POOL * batch, whole)]
         batches = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch)
-        grouped.append(batches[_permutation(len(batches), seed, epoch, start)].ravel())
+        grouped.append(batches[permutation(len(batches), seed, epoch, start)].ravel())
     return np.concatenate([*grouped, order[whole:]])
 
 
@@ -265,7 +268,7 @@ class BatchLoader:
     def _load(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
         if self.num_workers == 0:
             if self.ahead:
-                return _ahead(self._make, indices, self.ahead)
+                return ahead_of(self._make, indices, self.ahead)
             return (self._make(chunk) for chunk in indices)
         return iter(
             DataLoader(
@@ -284,9 +287,7 @@ class BatchLoader:
         return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
 
-def _ahead(
-    make: Callable[[list[int]], Batch], chunks: Iterator[list[int]], count: int
-) -> Iterator[Batch]:
+def ahead_of(make: Callable[[C], T], chunks: Iterator[C], count: int) -> Iterator[T]:
     """``map(make, chunks)`` by a thread that is ``count`` batches ahead.
 
     It begins at the first ``next``, so that a process that forks before has no thread, and ends

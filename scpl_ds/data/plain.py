@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from pydantic import model_validator
 
-from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts
-from scpl_ds.data.files import FilePair, existing
+from scpl_ds.data._base import DataOptions, DataSource, Splits, Streamed, Texts, TextStream
+from scpl_ds.data._readers import existing, reading
+from scpl_ds.data.files import FilePair
 from scpl_ds.errors import DataError
 
 
@@ -25,6 +26,8 @@ class PlainTextOptions(FilePair, DataOptions):
     def _a_file(self) -> PlainTextOptions:
         if self.train_file is None and self.eval_file is None:
             raise ValueError("needs train_file (or eval_file, to evaluate only)")
+        if self.streaming and self.document == "file":
+            raise ValueError("streaming needs document: paragraph or line, not the file as a whole")
         return self
 
 
@@ -45,32 +48,57 @@ class PlainTextSource(DataSource):
         )
 
     def load_texts(self) -> Texts:
-        train, held_out = (
-            None if path is None else self._read(path)
-            for path in (self.options.train_file, self.options.eval_file)
-        )
-        unit = {"file": "document", "paragraph": "paragraph", "line": "line"}
-        files = {"train": self.options.train_file, "eval": self.options.eval_file}
-        what = unit[self.options.document]
-        origin = {split: f"{path}, {what}" for split, path in files.items() if path is not None}
-        return self.limit(Texts("text", train, held_out, origin))
+        return self._texts(self.options.train_file, self.options.eval_file)
+
+    def stream_texts(self) -> Streamed:
+        train, held_out = self.options.train_file, self.options.eval_file
+        stream = None
+        if train is not None:
+            existing(train)
+            given = {"path": train, "document": self.options.document}
+            rows = IterableDataset.from_generator(_documents, gen_kwargs=given)
+            stream = TextStream("text", rows, {"text": "text"}, self._origin(train), numbered=True)
+        return Streamed(stream, None if held_out is None else self._texts(None, held_out))
+
+    def _texts(self, train: Path | None, held_out: Path | None) -> Texts:
+        files = {"train": train, "eval": held_out}
+        found = {split: None if path is None else self._read(path) for split, path in files.items()}
+        origin = {split: self._origin(path) for split, path in files.items() if path is not None}
+        return self.limit(Texts("text", found["train"], found["eval"], origin))
+
+    def _origin(self, path: Path) -> str:
+        return f"{path}, {'document' if self.options.document == 'file' else self.options.document}"
 
     def _read(self, path: Path) -> Dataset:
         existing(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position "
-                f"{error.start}. Save it as UTF-8."
-            ) from error
-        splits = {
-            "file": lambda: [text],
-            "paragraph": lambda: re.split(r"\n\s*\n", text),
-            "line": text.splitlines,
-        }
-        found = [(n, part) for n, part in enumerate(splits[self.options.document](), 1)]
-        kept = [(n, part) for n, part in found if part.strip()]
-        if not kept:
+        rows = list(_documents(path, self.options.document))
+        if not rows:
             raise DataError(f"{path} holds no text.")
-        return Dataset.from_dict({"text": [part for _, part in kept], "row": [n for n, _ in kept]})
+        return Dataset.from_list(rows)
+
+
+def _documents(path: Path, document: str) -> Iterator[dict[str, Any]]:
+    """The documents of a file that are not empty, each with its number in ``row``."""
+    with reading(path), path.open(encoding="utf-8-sig") as file:
+        units = [file.read()] if document == "file" else file
+        if document == "paragraph":
+            units = _paragraphs(file)
+        for number, text in enumerate(units, 1):
+            if text.strip():
+                yield {
+                    "text": text.removesuffix("\n") if document == "line" else text,
+                    "row": number,
+                }
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """What stands between empty lines."""
+    found: list[str] = []
+    for line in lines:
+        if line.strip():
+            found.append(line)
+        elif found:
+            yield "".join(found).removesuffix("\n")
+            found = []
+    if found:
+        yield "".join(found)

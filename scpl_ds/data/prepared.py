@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from scpl_ds.data._base import DataOptions, check_labels, drawn
+from scpl_ds.data._base import DataOptions, Texts, TextStream, check_labels, drawn
 from scpl_ds.data._columns import ColumnOptions
 from scpl_ds.data.demo import resolve_model_path
-from scpl_ds.data.language import LanguageCollator, LanguageDataset, tokenize_texts
+from scpl_ds.data.language import (
+    LanguageCollator,
+    LanguageDataset,
+    RowWriter,
+    tokenize_texts,
+)
 from scpl_ds.data.loader import BatchLoader
+from scpl_ds.data.stream import Position, Stream, StreamLoader
 from scpl_ds.data.text import (
     Collator,
     TokenizedDataset,
@@ -23,6 +29,7 @@ from scpl_ds.data.text import (
     load_tokenizer,
     tokenize,
 )
+from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.errors import CheckpointError, DataError, RecipeError
 from scpl_ds.partition.anatomy import anatomy_of
@@ -44,7 +51,8 @@ class Facts:
     """None: a language model, which has no classes."""
     label_names: tuple[str, ...]
     pad_token_id: int
-    num_train: int
+    num_train: int | None
+    """None: a stream, of whose length nobody knows."""
     num_eval: int
     majority_accuracy: float | None
     """Accuracy of always answering the most frequent label of the evaluation split; None for a
@@ -57,12 +65,14 @@ class Facts:
 
 @dataclasses.dataclass
 class Data:
-    """Tokenised splits on first-stage ranks; only their sizes elsewhere."""
+    """Tokenised splits, or a stream, on first-stage ranks; only their sizes elsewhere."""
 
     facts: Facts
     tokenizer: Any
-    train: Tokenized | range
+    train: Tokenized | Stream | range
     eval: Tokenized | range
+    input_names: Collection[str] = ()
+    """What the model's forward takes, where data are read."""
 
 
 @dataclasses.dataclass
@@ -100,7 +110,8 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
         anatomy_of(config, model.task, attn_implementation=attention).forward_keys,
     )
     found = (_texts if model.task == "causal-lm" else _labelled)(recipe, reading, trained)
-    if trained is None and len(found.train) == 0:
+    found.input_names = reading.input_names
+    if trained is None and not isinstance(found.train, Stream) and len(found.train) == 0:
         raise DataError(f"data: '{recipe.data.name}' has no training split.")
     return found
 
@@ -113,10 +124,16 @@ def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
             "keep packed documents apart. Set data.packing: false."
         )
     check_max_length(reading.tokenizer, options.max_length, reading.positions)
-    texts = recipe.data.create().load_texts()
+    stream: TextStream | None = None
+    texts: Texts | None
+    if options.streaming:
+        stream, texts = recipe.data.create().stream_texts()
+    else:
+        texts = recipe.data.create().load_texts()
 
     def ids(split: str) -> LanguageDataset | range:
-        if getattr(texts, split) is None or (split == "train" and trained is not None):
+        unwanted = split == "train" and trained is not None
+        if texts is None or getattr(texts, split) is None or unwanted:
             return range(0)
         found = tokenize_texts(
             texts,
@@ -135,7 +152,31 @@ def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
     train, held_out = ids("train"), ids("eval")
     pad = reading.tokenizer.pad_token_id
     facts = Facts(None, (), pad, len(train), len(held_out), None)
-    return Data(facts, reading.tokenizer, train, held_out)
+    if stream is None or trained is not None:
+        return Data(facts, reading.tokenizer, train, held_out)
+    facts = dataclasses.replace(facts, num_train=None)
+    streamed = _stream(stream, recipe, reading)
+    next(streamed.samples(Position()))  # what is wrong with the first rows is said before the model
+    return Data(facts, reading.tokenizer, streamed, held_out)
+
+
+def _stream(source: TextStream, recipe: Recipe, reading: _Reading) -> Stream:
+    options = reading.options
+    write = RowWriter(
+        source.kind,
+        reading.tokenizer,
+        options.max_length,
+        options.completion_only,
+        reading.vocab_size,
+    )
+    return Stream(
+        source,
+        write,
+        packing=options.packing,
+        buffer=options.shuffle_buffer,
+        seed=recipe.train.seed,
+        drop_invalid=isinstance(options, ColumnOptions) and options.drop_invalid_rows,
+    )
 
 
 def _labelled(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
@@ -193,7 +234,7 @@ def _options(recipe: Recipe) -> DataOptions:
 
 def make_loaders(
     recipe: Recipe, data: Data, mesh: Mesh, device: torch.device
-) -> tuple[BatchLoader, BatchLoader | None]:
+) -> tuple[BatchLoader | StreamLoader, BatchLoader | None]:
     """Training and evaluation loaders. On ranks that read no data they only count.
 
     For a GPU a thread collates ahead into pinned memory. Beside a CPU's milliseconds to seconds a
@@ -201,6 +242,21 @@ def make_loaders(
     """
     sizes = recipe.deepspeed.batch(mesh.dp_size)
     cuda = device.type == "cuda"
+    held_out = make_eval_loader(recipe, data, mesh)
+    if data.facts.num_train is None:
+        stream = data.train if isinstance(data.train, Stream) else None
+        streamed = StreamLoader(
+            None if stream is None else stream.for_rank(mesh.dp_rank, mesh.dp_size),
+            micro_batch_size=sizes.micro_batch,
+            collate=_collator(recipe, data),
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            num_workers=recipe.train.dataloader_num_workers,
+            ahead=AHEAD if cuda else 0,
+            pin_memory=cuda,
+        )
+        return streamed, held_out
+    assert not isinstance(data.train, Stream)
     train = BatchLoader(
         data.train,
         micro_batch_size=sizes.micro_batch,
@@ -212,7 +268,14 @@ def make_loaders(
         lengths=lengths_of(data.train) if recipe.train.group_by_length else None,
         **_loading(recipe, data, mesh),
     )
-    return train, make_eval_loader(recipe, data, mesh)
+    return train, held_out
+
+
+def saved_position(loader: BatchLoader | StreamLoader, mesh: Mesh) -> dict[str, Any]:
+    """What a checkpoint keeps of where training stands in the data; every rank calls it."""
+    if isinstance(loader, BatchLoader):
+        return loader.position
+    return loader.saved(gather_objects(mesh, loader.position))
 
 
 def make_eval_loader(recipe: Recipe, data: Data, mesh: Mesh) -> BatchLoader | None:
@@ -251,8 +314,11 @@ def _loading(recipe: Recipe, data: Data, mesh: Mesh) -> dict[str, Any]:
 def _collator(recipe: Recipe, data: Data) -> Any:
     if data.tokenizer is None:
         return _no_batch
-    kind = LanguageCollator if recipe.model.task == "causal-lm" else Collator
-    return kind(data.tokenizer, pad_to_multiple_of=_options(recipe).pad_to_multiple_of)
+    multiple = _options(recipe).pad_to_multiple_of
+    if recipe.model.task != "causal-lm":
+        return Collator(data.tokenizer, pad_to_multiple_of=multiple)
+    takes = "position_ids" in data.input_names
+    return LanguageCollator(data.tokenizer, pad_to_multiple_of=multiple, with_positions=takes)
 
 
 def _no_batch(samples: list[Any]) -> Any:

@@ -78,6 +78,12 @@ class Tracker(abc.ABC):
     def picture(self, name: str, svg: Path) -> None:  # noqa: B027 - most show numbers only
         """Show an SVG file under ``name``; called between the last ``log`` and ``finish``."""
 
+    def texts(  # noqa: B027
+        self, name: str, rows: Sequence[Mapping[str, str]], step: int
+    ) -> None:
+        """Show texts under ``name``, columns by their names, the same in every row; ``step`` as in
+        ``log``."""
+
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:  # noqa: B027
         """Close. ``summary``: the final results; a non-zero ``exit_code``: the run failed."""
 
@@ -147,6 +153,9 @@ class TrackerSet:
 
     def picture(self, name: str, svg: Path) -> None:
         self._each("picture", lambda t: t.picture(name, svg))
+
+    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+        self._each("texts", lambda t: t.texts(name, rows, step))
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         """Close all of them; a second call does nothing."""

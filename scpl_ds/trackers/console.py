@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -90,6 +90,11 @@ class ConsoleTracker(Tracker):
         self._step = max(step, self._step)
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=self._step)
+
+    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+        for row in rows:
+            written = "  ".join(f"{column} {text!r}" for column, text in row.items())
+            self._print(f"step {step:>4}  {name}  {written}")
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         del summary

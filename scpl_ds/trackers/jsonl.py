@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from scpl_ds.trackers._base import Tracker, TrackerOptions
 
 FILE_NAME = "metrics.jsonl"
+TEXTS_FILE = "texts.jsonl"
 
 
 class JsonlOptions(TrackerOptions):
@@ -45,9 +47,9 @@ class JsonlTracker(Tracker):
     ) -> None:
         del config, total_steps
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / FILE_NAME
         if not self.resume:
-            path.unlink(missing_ok=True)
+            for name in (FILE_NAME, TEXTS_FILE):
+                (self.run_dir / name).unlink(missing_ok=True)
         elif resumed_step is not None:
             self._drop_after(resumed_step)
         else:
@@ -66,6 +68,12 @@ class JsonlTracker(Tracker):
         row |= {name: _finite(float(value)) for name, value in metrics.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
+    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+        with (self.run_dir / TEXTS_FILE).open("a", encoding="utf-8") as file:
+            for row in rows:
+                line = {"step": step, "name": name, **row}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         del summary, exit_code
         if self._file is not None:
@@ -76,15 +84,18 @@ class JsonlTracker(Tracker):
         return (self.run_dir / FILE_NAME).open("a", buffering=1, encoding="utf-8")
 
     def _drop_after(self, step: int) -> None:
-        """Keep the lines of steps up to ``step``; the old file is replaced in one move."""
-        path = self.run_dir / FILE_NAME
-        if not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
-        partial = path.with_suffix(".jsonl.tmp")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        """Keep the lines of steps up to ``step``; an old file is replaced in one move."""
+        for name in (FILE_NAME, TEXTS_FILE):
+            if (path := self.run_dir / name).exists():
+                _keep_until(path, step)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
+    partial = path.with_suffix(".jsonl.tmp")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _finite(value: float) -> float | None:

@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -141,6 +141,15 @@ class WandbTracker(Tracker):
         # As a page: wandb's own images are bitmaps.
         page = wandb.Html(svg.read_text(encoding="utf-8"), inject=False)
         self._run.log({name: page, STEP_METRIC: max(0, self._last_step)})
+
+    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+        if self._run is None or step < self._last_step or not rows:
+            return
+        import wandb
+
+        columns: list[Any] = list(rows[0])
+        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+        self._run.log({name: table, STEP_METRIC: step})
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         if self._run is None:

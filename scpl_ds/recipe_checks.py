@@ -1,0 +1,40 @@
+"""What sections of a recipe ask of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from scpl_ds.problems import Problem
+from scpl_ds.recipe_sections import DataChoice, ModelSection, TrainSection
+
+
+def across(sections: Mapping[str, Any]) -> list[Problem]:
+    """Problems between sections that are good by themselves; a missing one asks for nothing."""
+    model: ModelSection | None = sections.get("model")
+    data: DataChoice | None = sections.get("data")
+    train: TrainSection = sections.get("train") or TrainSection()
+    problems: list[Problem] = []
+    if train.sample_prompts and model is not None and model.task != "causal-lm":
+        message = f"model.task is '{model.task}', which gives classes, not text; remove the key"
+        problems.append(Problem("train.sample_prompts", message))
+    if data is not None and getattr(data.options, "streaming", False):
+        problems += _streaming(train, model)
+    return problems
+
+
+def _streaming(train: TrainSection, model: ModelSection | None) -> list[Problem]:
+    problems: list[Problem] = []
+    if model is not None and model.task != "causal-lm":
+        message = (
+            f"is for model.task: causal-lm; '{model.task}' has to know all labels before the first "
+            "step. Remove the key"
+        )
+        problems.append(Problem("data.streaming", message))
+    if train.max_steps < 0:
+        message = "is needed with data.streaming: nobody knows how long a stream is"
+        problems.append(Problem("train.max_steps", message))
+    if train.group_by_length:
+        message = "needs the lengths of all samples, which data.streaming does not know"
+        problems.append(Problem("train.group_by_length", message))
+    return problems
