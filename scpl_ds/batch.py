@@ -125,3 +125,12 @@ def as_named_inputs(item: Any) -> dict[str, Tensor]:
             "of a batch: engine.set_batch_fn(lambda pair: {...})."
         )
     return inputs
+
+
+def sizes_of(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Samples of a batch, and tokens: without padding where there is a mask; of packed rows, which
+    have none, all; of what has no tokens as many as samples."""
+    samples = len(next(iter(inputs.values())))
+    if (mask := inputs.get("attention_mask")) is not None:
+        return samples, int(mask.sum())
+    return samples, inputs["input_ids"].numel() if "input_ids" in inputs else samples

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scpl_ds import checkpoint
-from scpl_ds.batch import Evaluated, MicroBatch, Tag, as_inputs
+from scpl_ds.batch import Evaluated, MicroBatch, Tag, as_inputs, sizes_of
 from scpl_ds.distributed.collectives import barrier, gather_objects
 from scpl_ds.distributed.mesh import Grid, Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
@@ -202,10 +202,9 @@ class Engine:
 
     def _count(self, inputs: Mapping[str, Tensor]) -> None:
         """Before the batch moves to the device, so that counting waits for nothing."""
-        mask, samples = inputs.get("attention_mask"), len(next(iter(inputs.values())))
-        whole = inputs["input_ids"].numel() if "input_ids" in inputs else samples
+        samples, tokens = sizes_of(inputs)
         self.samples_seen += samples
-        self.tokens_seen += whole if mask is None else int(mask.sum())
+        self.tokens_seen += tokens
 
     def reduce_loss(self) -> Tensor:
         """The last stage's loss of the last step, mean over data-parallel ranks, on every rank.
