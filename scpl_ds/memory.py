@@ -26,6 +26,7 @@ from scpl_ds.partition.footprint import (
     longest_sequence,
     weightless_stages,
 )
+from scpl_ds.partition.lora import Adapters, adapt
 from scpl_ds.partition.matrices import shapes_of
 from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.recipe import Recipe, ScplSection
@@ -58,6 +59,7 @@ class Workload:
     attn_implementation: str | None = None
     device_type: str = "cpu"
     """``cuda`` has fused attention with dropout, and allocations take memory at once."""
+    adapters: Adapters | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, model: Any, device_type: str) -> Workload:
@@ -74,6 +76,7 @@ class Workload:
             gradient_checkpointing=recipe.train.gradient_checkpointing,
             attn_implementation=recipe.model.attn_implementation,
             device_type=device_type,
+            adapters=model.adapters,
         )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from scpl_ds import checkpoint, export
 from scpl_ds.data.prepared import Data, make_loaders, whole_eval_loader
-from scpl_ds.distributed.collectives import barrier, broadcast_object
+from scpl_ds.distributed.collectives import barrier, broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
@@ -22,6 +22,7 @@ from scpl_ds.evaluation import diagnose, evaluate, score_model
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
+from scpl_ds.partition.lora import save_config
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.recipe import Recipe
 from scpl_ds.reporting import Reporter
@@ -106,9 +107,11 @@ class Run:
         if resume is not None:
             together(mesh, lambda: self._restore(resume))
         resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()
+        kept = [name for stage in self.engine.stages for name in stage.module.body.kept or ()]
+        trained = [name for names in gather_objects(mesh, kept) for name in names]
         if self.is_main:
             self.folder.prepare(recipe, resuming=resuming)
-            self._write_model_files()
+            self._write_model_files(trained)
             self._warn_of_no_evaluation()
         barrier(mesh)
         if on_ready is not None:
@@ -170,10 +173,16 @@ class Run:
             )  # fmt: skip
         self.progress = dataclasses.replace(self.progress, done=self.engine.global_steps)
 
-    def _write_model_files(self) -> None:
+    def _write_model_files(self, trained: list[str]) -> None:
+        model, asked = self.model, self.recipe.model
         self.folder.model_files.mkdir(exist_ok=True)
-        self.model.config.save_pretrained(self.folder.model_files)
+        model.config.save_pretrained(self.folder.model_files)
         self.data.tokenizer.save_pretrained(self.folder.model_files)
+        if model.adapters is not None:
+            save_config(
+                model.adapters, self.folder.model_files, model.anatomy, trained,
+                base=model.path, revision=asked.revision,
+            )  # fmt: skip
         self.folder.plan.write_text(self._plan_text() + "\n")
 
     def _plan_text(self) -> str:

@@ -53,8 +53,9 @@ OWNERS: dict[str, frozenset[str]] = {
     "transformers": frozenset({"partition", "data", "checkpoint", "export"}),
     "deepspeed": frozenset({"sharding/deepspeed.py", "sharding/_deepspeed_world.py", "baselines"}),
     "wandb": frozenset({"trackers/wandb.py"}),
+    "peft": frozenset({"partition/lora.py"}),
 }
-ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed"})
+ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft"})
 MAY_PRINT = frozenset({"cli"})
 
 
