@@ -26,11 +26,11 @@ from scpl_ds.partition.footprint import (
     longest_sequence,
     weightless_stages,
 )
-from scpl_ds.partition.lora import Adapters, adapt
+from scpl_ds.partition.lora import Adapters
 from scpl_ds.partition.matrices import shapes_of
 from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.recipe import Recipe, ScplSection
-from scpl_ds.sharding._base import DTYPES
+from scpl_ds.sharding._base import DTYPES, trainable
 from scpl_ds.sharding._footprint import (
     FOOTPRINTS,
     Footprint,
@@ -60,6 +60,7 @@ class Workload:
     device_type: str = "cpu"
     """``cuda`` has fused attention with dropout, and allocations take memory at once."""
     adapters: Adapters | None = None
+    """Trained in the place of the layers' weights."""
 
     @classmethod
     def of(cls, recipe: Recipe, model: Any, device_type: str) -> Workload:
@@ -177,6 +178,7 @@ class Prediction:
                 dtype=dtype,
                 attn_implementation=w.attn_implementation,
                 gradient_checkpointing=w.gradient_checkpointing,
+                adapters=w.adapters,
             ) as make_stage:
                 self._measured[key] = self._measure(make_stage, dtype, autocast)
         return self._measured[key]
@@ -203,6 +205,7 @@ class Prediction:
                 w.scpl.has_objective(k),
                 k < w.scpl.freeze_stages,
                 w.scpl.reach(k, end, w.anatomy.num_layers) - end,
+                w.adapters and w.adapters.in_layers(w.anatomy, start, end),
             )
             if kind not in seen:
                 try:
@@ -244,6 +247,8 @@ class Prediction:
         if objective is not None:
             for parameter in objective.parameters():  # buffers keep their type: queues are fp32
                 parameter.data = parameter.data.to(dtype)
+        if body.kept is not None and not trainable(stage):
+            frozen, stage.objective = True, None  # as build_stage does
         if frozen:
             stage.requires_grad_(False)
         return stage.train(not frozen)

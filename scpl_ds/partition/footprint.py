@@ -20,6 +20,7 @@ from scpl_ds.partition._hf import (
     quiet_transformers,
 )
 from scpl_ds.partition._trace import Anatomy
+from scpl_ds.partition.lora import Adapters, adapt
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import StageModule, _share
 
@@ -36,6 +37,7 @@ def weightless_stages(
     dtype: torch.dtype,
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
+    adapters: Adapters | None = None,
 ) -> Iterator[MakeStage]:
     """Inside the block every tensor is fake, and the function given makes stages of the model.
 
@@ -61,6 +63,9 @@ def weightless_stages(
         try:
             with no_init_weights():
                 model = cls._from_config(config, dtype=dtype, **kwargs)
+            if adapters is not None:
+                adapt(model, anatomy, adapters)
+                model.to(dtype)
         except Exception as error:
             raise PartitionError(
                 f"'{config.model_type}' cannot be made without its weights "

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from scpl_ds import registry
 from scpl_ds.errors import CheckpointError, RecipeError
-from scpl_ds.partition._hf import auto_class, base_prefix, one_line, skeleton
+from scpl_ds.partition._hf import auto_class, base_prefix, one_line, quiet_transformers, skeleton
 from scpl_ds.partition._trace import Anatomy
 from scpl_ds.recipe_sections import LoraSection
 
@@ -42,6 +42,11 @@ class Adapters:
     targets: frozenset[str]
     """Hugging Face names of the modules, all inside of layers."""
     seed: int
+
+    def in_layers(self, anatomy: Anatomy, start: int, end: int) -> tuple[int, ...]:
+        """How many there are in each of the layers ``[start, end)``."""
+        places = [anatomy.section(name) for name in self.targets]
+        return tuple(places.count(layer) for layer in range(start, end))
 
 
 def plan_adapters(
@@ -196,19 +201,22 @@ def load_adapted(folder: Path, task: str, config: PretrainedConfig, *, merge: bo
     peft = _peft()
     about = peft.PeftConfig.from_pretrained(str(folder))
     try:
-        base = auto_class(task).from_pretrained(
-            about.base_model_name_or_path,
-            config=config,
-            revision=about.revision or "main",
-            dtype=torch.float32 if merge else "auto",
-        )
+        with quiet_transformers():  # the adapter has the head that it would miss
+            base = auto_class(task).from_pretrained(
+                about.base_model_name_or_path,
+                config=config,
+                revision=about.revision or "main",
+                dtype=torch.float32 if merge else "auto",
+            )
     except OSError as error:
         raise CheckpointError(
             f"{folder} is an adapter of '{about.base_model_name_or_path}', which cannot be loaded: "
             f"{one_line(error)}. Put the base model back, or change base_model_name_or_path in "
             f"{ADAPTER_CONFIG}."
         ) from error
-    adapted = peft.PeftModel.from_pretrained(base, str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers the old way
+        adapted = peft.PeftModel.from_pretrained(base, str(folder))
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
 
 
@@ -267,11 +275,13 @@ def _no_target(
     start = f"model.lora.target_modules: '{name}' "
     if fitting:
         first = min(fitting)
-        inside = type(modules[first]).__name__
-        why = f"is '{first}' ({inside}), no linear module of a layer, where adapters go. "
+        why = (
+            f"is '{first}' ({type(modules[first]).__name__}): adapters go into linear modules of "
+            "the layers, and the head of a classifier is trained whole. "
+        )
     else:
         parts = {part.rpartition(".")[2] for part in linear}
-        why = f"is no module of '{model_type}'{registry.did_you_mean(name, parts)} "
+        why = f"is no module of '{model_type}'{registry.did_you_mean(name, parts) or '.'} "
     return f"{start}{why}Its linear modules are {_last_parts(linear)}."
 
 
