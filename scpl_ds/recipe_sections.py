@@ -52,9 +52,19 @@ def _target_modules(value: Any) -> Any:
     return value
 
 
+_NAMES_OF_PEFT = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+
+
+def _add_names_of_peft(schema: dict[str, Any]) -> None:
+    known = schema["properties"]
+    known |= {theirs: known[ours] for theirs, ours in _NAMES_OF_PEFT.items()}
+
+
 class LoraSection(Section):
-    """Low-rank adapters of ``peft``, trained in the place of the layers' weights; names and
-    defaults are those of its ``LoraConfig``, which may be written as there (``lora_alpha``)."""
+    """Low-rank adapters of ``peft``, trained in the place of the layers' weights; defaults are
+    those of its ``LoraConfig``, and its ``lora_alpha`` and ``lora_dropout`` may be written too."""
+
+    model_config = pydantic.ConfigDict(json_schema_extra=_add_names_of_peft)
 
     r: Count = 8
     """Rank of the adapters."""
@@ -78,8 +88,7 @@ class LoraSection(Section):
         if not isinstance(value, Mapping):
             return value
         given = dict(value)
-        for theirs in ("lora_alpha", "lora_dropout"):
-            ours = theirs.removeprefix("lora_")
+        for theirs, ours in _NAMES_OF_PEFT.items():
             if theirs in given and ours in given:
                 raise nested([Problem(theirs, f"is the same as {ours}; remove one of the two")])
             if theirs in given:

@@ -7,9 +7,9 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition._hf import (
@@ -64,8 +64,7 @@ def weightless_stages(
             with no_init_weights():
                 model = cls._from_config(config, dtype=dtype, **kwargs)
             if adapters is not None:
-                adapt(model, anatomy, adapters)
-                model.to(dtype)
+                _adapt(model, anatomy, adapters, dtype)
         except Exception as error:
             raise PartitionError(
                 f"'{config.model_type}' cannot be made without its weights "
@@ -73,6 +72,19 @@ def weightless_stages(
                 "predicted. Training may still work."
             ) from error
         yield stage
+
+
+def _adapt(
+    model: PreTrainedModel, anatomy: Anatomy, adapters: Adapters, dtype: torch.dtype
+) -> None:
+    """Put adapters into a model of fake tensors, which then are fake too."""
+    with unset_fake_temporarily():  # peft moves what it makes, which a fake tensor refuses
+        adapt(model, anatomy, adapters)
+    for module in model.modules():
+        for name, made in list(module.named_parameters(recurse=False)):
+            if not isinstance(made, FakeTensor):
+                like = torch.empty(made.shape, dtype=dtype)
+                setattr(module, name, nn.Parameter(like, requires_grad=made.requires_grad))
 
 
 def example_inputs(

@@ -1,8 +1,8 @@
 """LoRA: adapters of ``peft`` inside the stages of a model, together one adapter of the whole.
 
 A stage's tensors have the names that ``peft`` gives them in the whole model, and each adapter is
-drawn from the seed and its own name, so that neither depends on the cut. Everything else is frozen
-and stays what it is in the base checkpoint, except a task head that this has not, or that classifies
+drawn from the seed and its own name, so that neither depends on the cut. Everything else stays what
+it is in the base checkpoint, except the head of a classifier, or another that this has not
 (``modules_to_save`` in peft's words).
 """
 
@@ -110,16 +110,18 @@ def adapt(
         or (adapters.config.task_type == "SEQ_CLS" and _outside_base(unit, model))
     ]
     mine = copy.deepcopy(adapters.config)
-    mine.target_modules = {name for name, _ in model.named_modules() if name in adapters.targets}
+    own = sorted(name for name, _ in model.named_modules() if name in adapters.targets)
+    mine.target_modules = set(own)
     model.requires_grad_(False)
-    if mine.target_modules:
-        peft.inject_adapter_in_model(mine, model, adapter_name=_NAME)
+    if own:
+        peft.inject_adapter_in_model(mine, model, _NAME)
+        model.train(model.training)  # peft's dropout too
     model.peft_config = {_NAME: mine}  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     with torch.random.fork_rng(devices=[]):
-        for name, module in model.named_modules():
-            if name in adapters.targets:
-                torch.default_generator.manual_seed(_seed_of(adapters.seed, name))
-                module.reset_lora_parameters(_NAME, True)
+        for name in own:
+            layer: Any = model.get_submodule(name)
+            torch.default_generator.manual_seed(_seed_of(adapters.seed, name))
+            layer.reset_lora_parameters(_NAME, True)
     for name, parameter in model.named_parameters():
         biased = adapters.config.bias == "all" and "bias" in name
         if biased or any(name.startswith(f"{unit}.") for unit in head):

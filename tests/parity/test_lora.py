@@ -92,8 +92,8 @@ def of_stages(run: Recipe) -> Tensor:
             model.path, run.model.task, model.anatomy, *span,
             config=AutoConfig.from_pretrained(run.export_dir), seed=1, adapters=model.adapters,
         )  # fmt: skip
-        assert stage.kept
-        stage.model.load_state_dict({n: tensors[n] for n in stage.kept}, strict=False)
+        own = {name: tensors[name] for name in stage.kept or ()}
+        stage.model.load_state_dict(own, strict=False)
         _, (hidden, _, logits) = hidden, stage(IDS, hidden)
     assert logits is not None
     return logits
@@ -195,6 +195,23 @@ def test_adapters_start_the_same_whatever_the_number_of_stages(run: Recipe) -> N
     assert all(not t.any() for name, t in whole.items() if ".lora_B." in name)
 
 
+@distributed(1)
+def test_a_checkpoint_of_a_peft_model_exports_its_adapter(tmp_path: Path) -> None:
+    config = runs.config(2, pipeline_ranks=1)
+    model = adapted_bert()
+    engine = scpl_ds.initialize(model=model, config=config, seed=runs.SEED).engine
+    engine.train_batch(runs.batches())
+    files = tmp_path / "files"
+    model.save_pretrained(files)
+    model.config.save_pretrained(files)
+    engine.save_checkpoint(tmp_path / "run", model_files=files)
+    folder = checkpoint.resolve(tmp_path / "run")
+    out = export_checkpoint(folder, tmp_path / "out", task="sequence-classification")
+    whole = peft.PeftModel.from_pretrained(runs.model(dropout=0.0), str(out)).eval()
+    with torch.no_grad():  # the stages share their tensors with the model that was given
+        torch.testing.assert_close(whole(**IDS).logits, model.eval()(**IDS).logits, rtol=0, atol=0)
+
+
 # -- one stage under every backend ---------------------------------------------------------
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -243,7 +260,8 @@ def test_every_backend_trains_the_same_adapters(backend: str) -> None:
     [
         {"scpl.sharding": "deepspeed", "deepspeed.zero_optimization": {"stage": 3},
          "deepspeed.bf16": {"enabled": True}},
-        {"scpl.sharding": "fsdp", "deepspeed.bf16": {"enabled": True}},
+        {"scpl.sharding": "fsdp", "deepspeed.zero_optimization": {"stage": 2},
+         "deepspeed.bf16": {"enabled": True}},
         {"deepspeed.bf16": {"enabled": True}},
         {"train.gradient_checkpointing": True},
         {"scpl.freeze_stages": 1},
@@ -254,7 +272,7 @@ def test_every_backend_trains_the_same_adapters(backend: str) -> None:
         {"model.lora.bias": "all", "model.lora.target_modules": "all-linear"},
         {"scpl.partition": "time"},
     ],
-    ids=lambda changes: "-".join(str(key).rpartition(".")[2] for key in changes),
+    ids=lambda changes: "-".join(str(changes[key]) for key in list(changes)[:1]),
 )  # fmt: skip
 def test_a_run_with_adapters_exports_what_its_stages_give(
     changes: dict[str, Any], tmp_path: Path
@@ -292,7 +310,7 @@ def test_backpropagation_through_a_stage_with_nothing_to_train_is_refused(tmp_pa
     asked = recipe_from_mapping(mapping(tmp_path, "sequence-classification", **changes))
 
     def body() -> None:
-        with pytest.raises(PartitionError, match="stage 1 .* has nothing to train"):
+        with pytest.raises(PartitionError, match=r"stage 1 .* has nothing to train"):
             fit(asked)
 
     run_ranks(1, body)
@@ -302,7 +320,10 @@ def test_backpropagation_through_a_stage_with_nothing_to_train_is_refused(tmp_pa
     ("targets", "says"),
     [
         (["query", "valu"], r"'valu' is no module of 'bert'; did you mean 'value'\? .*are dense,"),
-        (["classifier"], r"'classifier' is 'classifier' \(Linear\): adapters go into linear .*key,"),
+        (
+            ["classifier"],
+            r"'classifier' is 'classifier' \(Linear\): adapters go into linear .*key,",
+        ),
         (["attention"], r"'attention' is 'bert.encoder.layer.0.attention' \(BertAttention\): "),
     ],
 )
@@ -339,7 +360,7 @@ def test_a_whole_model_has_nothing_to_merge(tmp_path: Path) -> None:
     changes = {"model.lora": None, "train.max_steps": 1}
     run = trained(tmp_path, 1, "sequence-classification", **changes)
     folder = checkpoint.resolve(run.output_dir)
-    with pytest.raises(RecipeError, match="--merge: .* without model.lora"):
+    with pytest.raises(RecipeError, match=r"--merge: .* without model\.lora"):
         export_checkpoint(folder, tmp_path / "out", task=run.model.task, merge=True)
 
 
