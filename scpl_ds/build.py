@@ -19,6 +19,7 @@ from scpl_ds.build_checks import (
     make_objective,
     nothing_to_train,
     refuse_half,
+    refuse_rest,
     refuse_untied,
 )
 from scpl_ds.build_times import Stopwatch
@@ -38,13 +39,13 @@ from scpl_ds.partition.layer_list import (
     check_layers,
     plan_layers,
 )
+from scpl_ds.partition.lora import without_wrapper
 from scpl_ds.partition.matrices import Matrices, matrices_of, shapes_of
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan, make_plan, stages_of_rank
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
 from scpl_ds.recipe import ScplSection, check_world, recipe_from_ds_config
 from scpl_ds.sharding._base import DTYPES
-from scpl_ds.sharding._frozen import FrozenBackend
 from scpl_ds.stage import Stage, StageBody, as_body, build_stage
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class PipelineModule:
                 f"PipelineModule: activation_checkpoint_interval: {activation_checkpoint_interval} "
                 "must be 0 (keep all activations) or a number of layers."
             )
+        layers = without_wrapper(layers)
         if not isinstance(layers, PreTrainedModel):
             if isinstance(layers, str) or not isinstance(layers, Iterable):
                 raise RecipeError(
@@ -347,8 +349,8 @@ def build_engine(
         refuse_half(body, backend.weights_dtype(own))
         if scpl.method != "scpl":  # polish goes on with copies that are no longer equal
             refuse_untied(body, k)
+            refuse_rest(body, plan, k)
         make = functools.partial(make_objective, scpl, num_labels, lent)
-        frozen = k < scpl.freeze_stages
         ahead = None
         if (reach := scpl.reach(k, body.end, plan.bounds[-1])) > body.end:
             if make_span is None:
@@ -360,8 +362,8 @@ def build_engine(
             make_objective=make if scpl.has_objective(k) else None,
             detach_features=scpl.detach_features,
             make_optimizer=functools.partial(optimizer, k),
-            backend=FrozenBackend if frozen else backend,
-            frozen=frozen,
+            backend=backend,
+            frozen=k < scpl.freeze_stages,
             ahead=ahead,
             section=own,
             mesh=mesh,

@@ -9,11 +9,12 @@ import torch
 
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_backprop import Backprop
-from scpl_ds.errors import RecipeError
+from scpl_ds.errors import PartitionError, RecipeError
 from scpl_ds.optim import lr_schedule, needs_total_steps
 from scpl_ds.partition.matrices import Matrices
 from scpl_ds.partition.plan import PartitionPlan
 from scpl_ds.recipe import ScplSection, TrainSection
+from scpl_ds.stage import StageBody
 
 
 def backprop_of(
@@ -79,6 +80,15 @@ def refuse_untied(body: Any, k: int) -> None:
             f"({', '.join(untied)}), and backpropagation would teach each only a part of the "
             "gradient. Use one stage (scpl.stages: 1), or a model with tie_word_embeddings=False."
         )
+
+
+def refuse_rest(body: StageBody, plan: PartitionPlan, k: int) -> None:
+    """Refuse backpropagation over a stage of frozen weights and no adapters.
+
+    Local losses need nothing of such a stage but its outputs.
+    """
+    if body.kept is not None and not body.kept:
+        raise PartitionError(nothing_to_train(plan, k))
 
 
 def nothing_to_train(plan: PartitionPlan, k: int) -> str:

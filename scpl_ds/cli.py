@@ -130,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("sequence-classification", "causal-lm"),
         help="for a checkpoint of engine.save_checkpoint, which has no recipe beside it",
     )
+    export.add_argument(
+        "--merge", action="store_true", help="of a run with LoRA: add the adapter to the weights"
+    )
     bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
     commands_of_bench.add_to(bench, _bench)
     schema = add("schema", _schema, "Print the JSON schema of recipes, for editors.")
@@ -269,7 +272,7 @@ def _export(args: argparse.Namespace) -> int:
     _choose_accelerator()
     from scpl_ds.export import export_checkpoint
 
-    out = export_checkpoint(folder, args.out.expanduser(), task=task)
+    out = export_checkpoint(folder, args.out.expanduser(), task=task, merge=args.merge)
     sys.stdout.write(f"{out}\n")
     return 0
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from scpl_ds import __version__
@@ -17,6 +20,12 @@ from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, write_text
 from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.partition._hf import auto_class, model_class
 from scpl_ds.partition.loading import export_state_dict, tied_weights
+from scpl_ds.partition.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    export_adapter,
+    load_adapted,
+)
 
 MODEL_FILES = "model"
 """Folder inside a run and inside a checkpoint: config.json and the tokenizer's files."""
@@ -25,6 +34,7 @@ HEADS_FILE = "scpl_heads.safetensors"
 HEADS_CONFIG = "scpl_heads.json"
 """Local heads beside an export, for ``EarlyExitModel``: transformers does not read them."""
 _WRITER = "scpl-ds"
+_WRITTEN = {"written_by": f"{_WRITER} {__version__}"}
 
 
 def check_destination(out: Path, *, key: str) -> None:
@@ -59,13 +69,17 @@ def check_destination(out: Path, *, key: str) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        metadata = json.loads((folder / INDEX).read_text())["metadata"]
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+                metadata = file.metadata()
+        else:
+            metadata = json.loads((folder / INDEX).read_text())["metadata"]
         return str(metadata["written_by"]).startswith(_WRITER)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
 
 
-def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
+def export_checkpoint(folder: Path, out: Path, *, task: str, merge: bool = False) -> Path:
     """Write ``out`` so that plain ``AutoModel...from_pretrained(out)`` gives the trained model.
 
     One safetensors file per stage and an index, read and written a stage at a time, under the names
@@ -73,9 +87,13 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
     transformers does not read. Needs no process group and no ``scpl_ds`` on the reading side.
     ``out`` appears whole or not at all.
 
+    Of a run with ``model.lora`` it is an adapter, for ``PeftModel.from_pretrained(base, out)``, or
+    with ``merge`` the whole model with the adapter added to its weights, which needs its memory.
+
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or holds no config.
-        RecipeError: ``out`` holds something that is no earlier export.
+        RecipeError: ``out`` holds something that is no earlier export, or there is no adapter to
+            merge.
     """
     check_destination(out, key="export")
     reader = Reader(folder)
@@ -85,11 +103,22 @@ def export_checkpoint(folder: Path, out: Path, *, task: str) -> Path:
             f"{folder} has no {MODEL_FILES}/config.json, so it cannot be exported. Checkpoints of "
             "`scpl-ds train` have one; after engine.save_checkpoint pass model_files=."
         )
+    adapted = (source / ADAPTER_CONFIG).is_file()
+    if merge and not adapted:
+        raise RecipeError(
+            f"export --merge: {folder} has no {MODEL_FILES}/{ADAPTER_CONFIG}, so it is of a run "
+            "without model.lora, whose export is a whole model. Leave --merge out."
+        )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(source, partial)
-        _write_model(reader, partial, task)
+        if adapted:
+            _write_adapter(reader, partial)
+        else:
+            _write_model(reader, partial, task)
+        if merge:
+            _merge(partial, task)
         _write_heads(reader, partial)
         replace_folder(out, partial)
     except BaseException:
@@ -105,19 +134,45 @@ def _write_model(reader: Reader, out: Path, task: str) -> None:
     names = [name for name in where if not name.startswith(HEAD_PREFIX)]
     _untie(config, task, where)
     files = sorted({where[name] for name in names})
+    own = ([name for name in names if where[name] == file] for file in files)
+    parts = (export_state_dict(config, task, reader.tensors(some)) for some in own)
+    _write_shards(config, task, out, parts, len(files))
+
+
+def _write_adapter(reader: Reader, out: Path) -> None:
+    names = [name for name in reader.names() if not name.startswith(HEAD_PREFIX)]
+    tensors = export_adapter(reader.tensors(names))
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt", **_WRITTEN})
+    (out / ADAPTER_WEIGHTS).chmod(0o644)
+
+
+def _merge(out: Path, task: str) -> None:
+    """Make of the adapter in ``out`` the whole model."""
+    config = AutoConfig.from_pretrained(out)
+    merged = load_adapted(out, task, config, merge=True).state_dict()
+    tied = tied_weights(config, task)
+    tensors = export_state_dict(config, task, {n: t for n, t in merged.items() if n not in tied})
+    shards = split_torch_state_dict_into_shards(tensors).filename_to_tensors.values()
+    parts = ({name: tensors[name] for name in names} for names in shards)
+    _write_shards(config, task, out, parts, len(shards))
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        (out / name).unlink()
+
+
+def _write_shards(
+    config: PretrainedConfig, task: str, out: Path, parts: Iterable[dict[str, Tensor]], count: int
+) -> None:
     weight_map: dict[str, str] = {}
     dtypes: set[str] = set()
     total = 0
-    for number, file in enumerate(files, 1):
-        own = [name for name in names if where[name] == file]
-        tensors = export_state_dict(config, task, reader.tensors(own))
-        shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    for number, tensors in enumerate(parts, 1):
+        shard = f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(tensors, out / shard, metadata={"format": "pt"})
         (out / shard).chmod(0o644)
         weight_map |= dict.fromkeys(tensors, shard)
         dtypes |= {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
         total += sum(t.numel() * t.element_size() for t in tensors.values())
-    metadata = {"total_size": total, "written_by": f"{_WRITER} {__version__}"}
+    metadata = {"total_size": total, **_WRITTEN}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_text(out / INDEX, json.dumps(index, indent=2))
     config.architectures = [model_class(config, task).__name__]
@@ -156,12 +211,15 @@ def _untie(config: PretrainedConfig, task: str, where: Mapping[str, str]) -> Non
 
 
 def load_exported(folder: Path, task: str) -> Any:
-    """The exported model as anybody would load it, in eval mode."""
+    """The exported model as anybody would load it, in eval mode; with an adapter in its base."""
     from transformers.utils import logging as hf_logging
 
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
+        if (folder / ADAPTER_CONFIG).is_file():
+            config = AutoConfig.from_pretrained(folder)
+            return load_adapted(folder, task, config).eval()
         return auto_class(task).from_pretrained(folder).eval()
     finally:
         if bar:

@@ -26,10 +26,11 @@ from scpl_ds.partition.footprint import (
     longest_sequence,
     weightless_stages,
 )
+from scpl_ds.partition.lora import Adapters
 from scpl_ds.partition.matrices import shapes_of
 from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.recipe import Recipe, ScplSection
-from scpl_ds.sharding._base import DTYPES
+from scpl_ds.sharding._base import DTYPES, trainable
 from scpl_ds.sharding._footprint import (
     FOOTPRINTS,
     Footprint,
@@ -58,6 +59,8 @@ class Workload:
     attn_implementation: str | None = None
     device_type: str = "cpu"
     """``cuda`` has fused attention with dropout, and allocations take memory at once."""
+    adapters: Adapters | None = None
+    """Trained in the place of the layers' weights."""
 
     @classmethod
     def of(cls, recipe: Recipe, model: Any, device_type: str) -> Workload:
@@ -74,6 +77,7 @@ class Workload:
             gradient_checkpointing=recipe.train.gradient_checkpointing,
             attn_implementation=recipe.model.attn_implementation,
             device_type=device_type,
+            adapters=model.adapters,
         )
 
 
@@ -174,6 +178,7 @@ class Prediction:
                 dtype=dtype,
                 attn_implementation=w.attn_implementation,
                 gradient_checkpointing=w.gradient_checkpointing,
+                adapters=w.adapters,
             ) as make_stage:
                 self._measured[key] = self._measure(make_stage, dtype, autocast)
         return self._measured[key]
@@ -200,6 +205,7 @@ class Prediction:
                 w.scpl.has_objective(k),
                 k < w.scpl.freeze_stages,
                 w.scpl.reach(k, end, w.anatomy.num_layers) - end,
+                w.adapters and w.adapters.in_layers(w.anatomy, start, end),
             )
             if kind not in seen:
                 try:
@@ -241,6 +247,8 @@ class Prediction:
         if objective is not None:
             for parameter in objective.parameters():  # buffers keep their type: queues are fp32
                 parameter.data = parameter.data.to(dtype)
+        if body.kept is not None and not trainable(stage):
+            frozen, stage.objective = True, None  # as build_stage does
         if frozen:
             stage.requires_grad_(False)
         return stage.train(not frozen)

@@ -17,7 +17,7 @@ from scpl_ds.ds_keys import Keys
 from scpl_ds.recipe import Recipe
 from scpl_ds.recipe_fields import Named
 from scpl_ds.recipe_scpl import ObjectiveChoice, PartChoice
-from scpl_ds.recipe_sections import DataChoice, TrackerChoice
+from scpl_ds.recipe_sections import DataChoice, LoraSection, TrackerChoice
 
 _CHOICES: tuple[type[Named], ...] = (ObjectiveChoice, DataChoice, TrackerChoice)
 
@@ -111,6 +111,11 @@ def build_page() -> str:
             parts += _choice_page(DataChoice if name == "data" else TrackerChoice, name)
         elif isinstance(model, type) and issubclass(model, pydantic.BaseModel):
             parts.append(_table(defs[model.__name__], defs, set(model.model_fields) - {"head"}))
+            if name == "model":
+                parts.append("### `model.lora`\n")
+                lora = defs["LoraSection"]
+                parts.append(f"{_flat(lora['description'])}\n")
+                parts.append(_table(lora, defs, set(LoraSection.model_fields)))
             if name == "scpl":
                 parts.append("### `scpl.head`\n")
                 parts.append(_table(defs["HeadSection"], defs, None))

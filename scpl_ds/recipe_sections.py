@@ -44,6 +44,58 @@ class TrackerChoice(Named):
     kind = "tracker"
 
 
+def _target_modules(value: Any) -> Any:
+    whole = isinstance(value, str) and value == "all-linear"
+    names = isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value)
+    if not (value is None or whole or names):
+        raise ValueError(f"must be a list of names, or all-linear, got {show(value)}")
+    return value
+
+
+_NAMES_OF_PEFT = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+
+
+def _add_names_of_peft(schema: dict[str, Any]) -> None:
+    known = schema["properties"]
+    known |= {theirs: known[ours] for theirs, ours in _NAMES_OF_PEFT.items()}
+
+
+class LoraSection(Section):
+    """Low-rank adapters of ``peft``, trained in the place of the layers' weights; defaults are
+    those of its ``LoraConfig``, and its ``lora_alpha`` and ``lora_dropout`` may be written too."""
+
+    model_config = pydantic.ConfigDict(json_schema_extra=_add_names_of_peft)
+
+    r: Count = 8
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0), BeforeValidator(not_bool)] = 8.0
+    """What an adapter adds is multiplied by ``alpha / r``."""
+    dropout: Fraction = 0.0
+    """Dropout of what enters an adapter, in training."""
+    target_modules: Annotated[
+        Literal["all-linear"] | tuple[str, ...] | None, BeforeValidator(_target_modules)
+    ] = None
+    """Linear modules of the layers, by the end of their names (``[q_proj, v_proj]``), or
+    ``all-linear``; without it, peft's own for the architecture."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained too: of no module, of all, of those with an adapter."""
+    use_rslora: bool = False
+    """Multiply by ``alpha / sqrt(r)`` instead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_peft(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        given = dict(value)
+        for theirs, ours in _NAMES_OF_PEFT.items():
+            if theirs in given and ours in given:
+                raise nested([Problem(theirs, f"is the same as {ours}; remove one of the two")])
+            if theirs in given:
+                given[ours] = given.pop(theirs)
+        return given
+
+
 class ModelSection(Section):
     """Which Hugging Face model is cut into stages."""
 
@@ -62,8 +114,9 @@ class ModelSection(Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: Literal[False] = False
     """Code from a model's repository is never run; only ``false`` is accepted."""
-    lora: None = None
-    """Comes with a later release; only ``null`` is accepted."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters and leave the layers' weights as they are; ``{}`` has peft's
+    defaults."""
 
     @pydantic.field_validator("trust_remote_code", mode="before")
     @classmethod
@@ -74,12 +127,6 @@ class ModelSection(Section):
                 "whose architecture is part of transformers, and remove the key"
             )
         return value
-
-    @pydantic.field_validator("lora", mode="before")
-    @classmethod
-    def _no_lora_yet(cls, value: Any) -> None:
-        if value is not None:
-            raise ValueError("lora comes with a later release; remove the key to train all weights")
 
 
 def _bool_or_text(value: Any) -> Any:

@@ -27,6 +27,7 @@ from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.footprint import longest_sequence
 from scpl_ds.partition.loading import load_stage
+from scpl_ds.partition.lora import Adapters, plan_adapters
 from scpl_ds.partition.matrices import matrices_of_stages
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan
 from scpl_ds.partition.prepare import prepare
@@ -46,6 +47,8 @@ class Model:
     config: Any
     anatomy: Anatomy
     plan: PartitionPlan
+    adapters: Adapters | None = None
+    """Trained in the place of the layers' weights."""
 
 
 def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
@@ -154,7 +157,10 @@ def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
     plan = plan_stages(anatomy, recipe.scpl, config, method=method, times=times)
     if kept is not None:
         plan = dataclasses.replace(plan, method="time")
-    return Model(resolve_model_path(recipe.model.name_or_path), config, anatomy, plan)
+    asked, task, adapters = recipe.model.lora, recipe.model.task, None
+    if asked is not None:
+        adapters = plan_adapters(config, task, anatomy, asked, seed=recipe.train.seed)
+    return Model(resolve_model_path(recipe.model.name_or_path), config, anatomy, plan, adapters)
 
 
 def _anatomy(recipe: Recipe, facts: Facts | None) -> tuple[Any, Anatomy]:
@@ -204,6 +210,7 @@ def make_engine(
             config=model.config,
             dtype=backend.weights_dtype(stage_section(section, recipe.scpl, k)),
             seed=seed,
+            adapters=model.adapters,
             **extra,
         )
         return as_body(prepare(stage, recipe.train))

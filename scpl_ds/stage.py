@@ -24,7 +24,8 @@ from scpl_ds.objectives._probe import Probe
 from scpl_ds.objectives._targets import task_loss
 from scpl_ds.optim import OptimizerState
 from scpl_ds.partition.stage_module import StageOutput
-from scpl_ds.sharding._base import MakeOptimizer, StageBackend
+from scpl_ds.sharding._base import MakeOptimizer, StageBackend, trainable
+from scpl_ds.sharding._frozen import FrozenBackend
 
 log = logging.getLogger(__name__)
 DetachFeatures = bool | Literal["both"]
@@ -43,6 +44,7 @@ class StageBody(Protocol):
     is_first: bool
     is_last: bool
     hidden_size: int | None
+    kept: frozenset[str] | None
 
     def __call__(
         self,
@@ -155,14 +157,17 @@ class LocalStage(nn.Module):
         """This module's tensor names -> names in a checkpoint.
 
         The model's tensors keep Hugging Face's names; a local head is named by the layer it sits
-        on, so that a checkpoint cut differently keeps the heads whose boundary stays.
+        on, so that a checkpoint cut differently keeps the heads whose boundary stays. Beside
+        adapters, what is frozen is in the base model's files and in no checkpoint.
         """
         head = f"{HEADS}.layer_{self.body.end - 1}."
         names = {}
         for name in self.state_dict():
             room, _, rest = name.partition(".")
             own = {"objective": head + rest, "ahead": f"{head}{AHEAD}.{rest}"}
-            names[name] = own.get(room, rest.removeprefix("model."))
+            part = None if room == "objective" else getattr(self, room)
+            if part is None or part.kept is None or rest.removeprefix("model.") in part.kept:
+                names[name] = own.get(room, rest.removeprefix("model."))
         return names
 
     def memory_names(self) -> frozenset[str]:
@@ -273,7 +278,8 @@ class Stage:
 
     def parameters_by_name(self) -> dict[str, Tensor]:
         """Whole tensors of this stage under their checkpoint names (a collective of the stage)."""
-        return _rename(self.backend.parameters_by_name(), self.module.checkpoint_names())
+        names = self.module.checkpoint_names()
+        return _rename(self.backend.parameters_by_name(names.keys()), names)
 
     def optimizer_state(self) -> OptimizerState:
         """Whole optimizer state under checkpoint names (a collective of the stage)."""
@@ -362,18 +368,22 @@ def build_stage(
 
     Args:
         make_objective: From the width of the hidden states; None: the stage has no objective.
-        frozen: It is not trained at all.
+        frozen: It is not trained at all; nor is a stage beside whose frozen weights there is no
+            adapter and no local head with weights.
         ahead: Copies of the next layers, for the local loss.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((seed * 1_000_003 + body.end) % 2**63)
         objective = None if make_objective is None else make_objective(body.hidden_size)
         module = LocalStage(body, objective, detach_features=detach_features, ahead=ahead)
-    if objective is not None:
-        objective.see_all_ranks(row_gatherer(mesh))
+    if body.kept is not None and not trainable(module):
+        frozen, module.objective = True, None
+    if module.objective is not None:
+        module.objective.see_all_ranks(row_gatherer(mesh))
     # Not requires_grad_(False): a tensor of the model may be shared with a stage that is trained.
     module.train(not frozen)
-    made = backend(module, make_optimizer, section, mesh, device)
+    chosen = FrozenBackend if frozen else backend
+    made = chosen(module, make_optimizer, section, mesh, device)
     return (FrozenStage if frozen else Stage)(index, module, made, seed)
 
 

@@ -14,8 +14,7 @@ import torch
 
 from scpl_ds import checkpoint, export
 from scpl_ds.data.prepared import Data, make_loaders, saved_position, whole_eval_loader
-from scpl_ds.data.stream import StreamLoader
-from scpl_ds.distributed.collectives import barrier, broadcast_object
+from scpl_ds.distributed.collectives import barrier, broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
@@ -24,7 +23,9 @@ from scpl_ds.generation import Samples
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
+from scpl_ds.partition.lora import save_config
 from scpl_ds.partition.plan import render_plan
+from scpl_ds.progress import Progress
 from scpl_ds.recipe import Recipe
 from scpl_ds.reporting import Reporter
 from scpl_ds.run_folder import RunFolder, versions
@@ -58,25 +59,6 @@ def fit(recipe: Recipe, *, on_ready: Callable[[RunFolder], None] | None = None) 
     return Run(recipe, mesh, device, on_ready=on_ready).fit()
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where a run stands and where it will end."""
-
-    total_steps: int
-    steps_per_epoch: int | None
-    """None: a stream, which is taken to end where the run does."""
-    done: int = 0
-
-    def epoch(self, step: int) -> float:
-        return step / (self.steps_per_epoch or self.total_steps)
-
-    def due(self, strategy: str, every: int | None, step: int) -> bool:
-        """Whether ``strategy`` (``no``, ``steps``, ``epoch``) asks for something after ``step``."""
-        if strategy == "steps":
-            return every is not None and step % every == 0
-        return strategy == "epoch" and step % (self.steps_per_epoch or self.total_steps) == 0
-
-
 class Run:
     """One run of a recipe on this rank."""
 
@@ -98,7 +80,7 @@ class Run:
         self.train_loader, self.eval_loader = together(
             mesh, lambda: make_loaders(recipe, self.data, mesh, device)
         )
-        self.progress = self._plan_steps()
+        self.progress = Progress.of(recipe, self.train_loader, mesh.dp_size)
         self.memory = MemoryWatch(device)
         self.engine: Engine = together(
             mesh,
@@ -109,9 +91,11 @@ class Run:
         if resume is not None:
             together(mesh, lambda: self._restore(resume))
         resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()
+        kept = [name for stage in self.engine.stages for name in stage.module.body.kept or ()]
+        trained = [name for names in gather_objects(mesh, kept) for name in names]
         if self.is_main:
             self.folder.prepare(recipe, resuming=resuming)
-            self._write_model_files()
+            self._write_model_files(trained)
             self._warn_of_no_evaluation()
         barrier(mesh)
         if on_ready is not None:
@@ -154,17 +138,6 @@ class Run:
             return None
         return checkpoint.resolve(self.folder.path if asked is True else Path(asked))
 
-    def _plan_steps(self) -> Progress:
-        train = self.recipe.train
-        if isinstance(self.train_loader, StreamLoader):
-            return Progress(train.max_steps, None)
-        per_epoch = self.train_loader.num_micro_batches_per_epoch
-        per_epoch //= self.recipe.deepspeed.batch(self.mesh.dp_size).accumulation
-        total = (
-            train.max_steps if train.max_steps > 0 else round(per_epoch * train.num_train_epochs)
-        )
-        return Progress(max(1, total), per_epoch)
-
     def _restore(self, folder: Path) -> None:
         _, state = self.engine.load_checkpoint(folder)
         if "data" not in state:
@@ -181,10 +154,16 @@ class Run:
             )  # fmt: skip
         self.progress = dataclasses.replace(self.progress, done=self.engine.global_steps)
 
-    def _write_model_files(self) -> None:
+    def _write_model_files(self, trained: list[str]) -> None:
+        model, asked = self.model, self.recipe.model
         self.folder.model_files.mkdir(exist_ok=True)
-        self.model.config.save_pretrained(self.folder.model_files)
+        model.config.save_pretrained(self.folder.model_files)
         self.data.tokenizer.save_pretrained(self.folder.model_files)
+        if model.adapters is not None:
+            save_config(
+                model.adapters, self.folder.model_files, model.anatomy, trained,
+                base=model.path, revision=asked.revision,
+            )  # fmt: skip
         self.folder.plan.write_text(self._plan_text() + "\n")
 
     def _plan_text(self) -> str:

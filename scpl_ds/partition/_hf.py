@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -114,6 +116,12 @@ def one_line(error: BaseException) -> str:
     """The message of an error on one line, at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def skeleton(config: PretrainedConfig, task: str) -> PreTrainedModel:
+    """The whole model without memory for its weights."""
+    with torch.device("meta"), no_init_weights():
+        return model_class(config, task)(copy.deepcopy(config))
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition._hf import (
@@ -20,6 +20,7 @@ from scpl_ds.partition._hf import (
     quiet_transformers,
 )
 from scpl_ds.partition._trace import Anatomy
+from scpl_ds.partition.lora import Adapters, adapt
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import StageModule, _share
 
@@ -36,6 +37,7 @@ def weightless_stages(
     dtype: torch.dtype,
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
+    adapters: Adapters | None = None,
 ) -> Iterator[MakeStage]:
     """Inside the block every tensor is fake, and the function given makes stages of the model.
 
@@ -61,6 +63,8 @@ def weightless_stages(
         try:
             with no_init_weights():
                 model = cls._from_config(config, dtype=dtype, **kwargs)
+            if adapters is not None:
+                _adapt(model, anatomy, adapters, dtype)
         except Exception as error:
             raise PartitionError(
                 f"'{config.model_type}' cannot be made without its weights "
@@ -68,6 +72,19 @@ def weightless_stages(
                 "predicted. Training may still work."
             ) from error
         yield stage
+
+
+def _adapt(
+    model: PreTrainedModel, anatomy: Anatomy, adapters: Adapters, dtype: torch.dtype
+) -> None:
+    """Put adapters into a model of fake tensors, which then are fake too."""
+    with unset_fake_temporarily():  # peft moves what it makes, which a fake tensor refuses
+        adapt(model, anatomy, adapters)
+    for module in model.modules():
+        for name, made in list(module.named_parameters(recurse=False)):
+            if not isinstance(made, FakeTensor):
+                like = torch.empty(made.shape, dtype=dtype)
+                setattr(module, name, nn.Parameter(like, requires_grad=made.requires_grad))
 
 
 def example_inputs(

@@ -113,6 +113,7 @@ class LayerListStage(nn.Module):
         self.start, self.end, self.num_layers = start, end, len(layers)
         self.is_first, self.is_last = start == 0, end == len(layers)
         self.hidden_size = hidden_size
+        self.kept = None
         self.layers = nn.ModuleDict()
         self._loss_fn = loss_fn
         self._calls: list[Callable[[Any], Any]] = []

@@ -7,7 +7,6 @@ drawing of a missing head all stay Hugging Face's work, and only this stage's by
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scpl_ds.errors import PartitionError
-from scpl_ds.partition._hf import model_class, no_init_weights, one_line, quiet_transformers
+from scpl_ds.partition._hf import model_class, one_line, quiet_transformers, skeleton
 from scpl_ds.partition._trace import Anatomy
+from scpl_ds.partition.lora import Adapters, adapt
 from scpl_ds.partition.stage_module import (
     Relay,
     StageModule,
@@ -46,6 +46,7 @@ def load_stage(
     config: PretrainedConfig,
     dtype: torch.dtype | None = None,
     seed: int,
+    adapters: Adapters | None = None,
     **from_pretrained_kwargs: Any,
 ) -> StageModule:
     """Layers ``[start, end)`` of a checkpoint as a stage, in eval mode, reading only their tensors.
@@ -65,6 +66,7 @@ def load_stage(
         config: The model's config (``num_labels`` set); not changed.
         dtype: Of the weights; None keeps the checkpoint's.
         seed: Torch seed for weights that the checkpoint does not have.
+        adapters: Trained in the place of the layers' weights, which then stay one in a tie.
         **from_pretrained_kwargs: Passed on (``attn_implementation``, ``revision``, ``token`` ...).
 
     Raises:
@@ -108,9 +110,12 @@ def load_stage(
     model, info = loaded
     model.__class__ = base_class
     _refuse_mismatched(path, anatomy, info["mismatched_keys"])
-    _refuse_missing(path, anatomy, start, end, model, set(info["missing_keys"]))
+    drawn = _drawn(path, anatomy, start, end, model, set(info["missing_keys"]))
     drop_partners(model, anatomy, start, end)
-    warn_untied(anatomy, start, end)
+    if adapters is None:
+        warn_untied(anatomy, start, end)
+    else:
+        adapt(model, anatomy, adapters, drawn)
     return StageModule(model, anatomy, start, end, relay)
 
 
@@ -129,8 +134,8 @@ def export_state_dict(
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    skeleton = _skeleton(config, task)
-    renamed = revert_weight_conversion(skeleton, {k: t.detach() for k, t in tensors.items()})
+    model = skeleton(config, task)
+    renamed = revert_weight_conversion(model, {k: t.detach() for k, t in tensors.items()})
     seen: set[int] = set()
     exported: dict[str, Tensor] = {}
     for name, tensor in renamed.items():
@@ -143,23 +148,18 @@ def export_state_dict(
 
 def tied_weights(config: PretrainedConfig, task: str) -> dict[str, str]:
     """Tied parameter -> the one it is tied to, in the whole model that ``config`` describes."""
-    return dict(getattr(_skeleton(config, task), "all_tied_weights_keys", None) or {})
+    return dict(getattr(skeleton(config, task), "all_tied_weights_keys", None) or {})
 
 
-def _skeleton(config: PretrainedConfig, task: str) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"), no_init_weights():
-        return model_class(config, task)(copy.deepcopy(config))
-
-
-def _refuse_missing(
+def _drawn(
     path: str | Path,
     anatomy: Anatomy,
     start: int,
     end: int,
     model: PreTrainedModel,
     missing: set[str],
-) -> None:
+) -> list[str]:
+    """What of the head the checkpoint lacks; refuses that it lacks anything else."""
     owned = {name for name in model.state_dict() if anatomy.owns(name, start, end)}
     heads = sorted(n for n in missing & owned if anatomy.section(n) == "epilogue")
     lost = sorted((missing & owned) - set(heads))
@@ -176,6 +176,7 @@ def _refuse_missing(
             path,
             ", ".join(heads),
         )
+    return heads
 
 
 def _refuse_mismatched(path: str | Path, anatomy: Anatomy, keys: Iterable[Sequence[Any]]) -> None:

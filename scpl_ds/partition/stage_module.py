@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition._hf import one_line, use_cache_off, without_reentrant_checkpoints
 from scpl_ds.partition._trace import Anatomy
+from scpl_ds.partition.lora import kept_names
 
 log = logging.getLogger(__name__)
 
@@ -227,8 +228,12 @@ class StageModule(nn.Module):
         self.start, self.end, self.num_layers = start, end, anatomy.num_layers
         self.is_first, self.is_last = start == 0, end == anatomy.num_layers
         self.hidden_size = anatomy.hidden_size
-        self.untied = tuple(f"{t} from {s}" for t, s in anatomy.crossing_ties(start, end).items())
-        """Weights that are one in the whole model, with an end on this stage and one on another."""
+        self.kept = kept_names(model)
+        """Names of what a checkpoint holds; None: of everything."""
+        ties = anatomy.crossing_ties(start, end) if self.kept is None else {}
+        self.untied = tuple(f"{t} from {s}" for t, s in ties.items())
+        """Weights that are one in the whole model, with an end on this stage and one on another;
+        beside adapters they are frozen, and stay one."""
         self._relay = relay
         self._layers, self._last_layer = anatomy.layers, f"{anatomy.layers}.{end - 1}"
         self._use_cache_off = use_cache_off(model)
@@ -334,7 +339,8 @@ def stage_from_model(model: PreTrainedModel, anatomy: Anatomy, start: int, end: 
         PartitionError: ``[start, end)`` is not a range of the model's layers.
     """
     stage = _share(model, anatomy, start, end)
-    warn_untied(anatomy, start, end)
+    if stage.kept is None:
+        warn_untied(anatomy, start, end)
     return stage
 
 

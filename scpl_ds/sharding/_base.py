@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -106,8 +106,9 @@ class StageBackend(abc.ABC):
         """Forget the gradients of a step that will not be finished."""
 
     @abc.abstractmethod
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        """Whole fp32 parameters and persistent buffers, on the CPU (a collective of the stage)."""
+    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Whole fp32 parameters and persistent buffers of those names, on the CPU (a collective of
+        the stage)."""
 
     @abc.abstractmethod
     def optimizer_state(self) -> OptimizerState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -54,8 +55,9 @@ class FrozenBackend(StageBackend):
     def discard(self) -> None:
         """Nothing to forget."""
 
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        return {name: copy_on_cpu(tensor) for name, tensor in self.module.state_dict().items()}
+    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
+        tensors = self.module.state_dict()
+        return {name: copy_on_cpu(tensors[name]) for name in names}
 
     def optimizer_state(self) -> OptimizerState:
         return OptimizerState(0, {})

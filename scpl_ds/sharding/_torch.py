@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -131,8 +132,9 @@ class TorchBackend(StageBackend):
         """What this rank keeps of a moment, made of the whole."""
         return copy_beside(parameter, whole)
 
-    def parameters_by_name(self) -> dict[str, Tensor]:
-        return {name: self.whole(tensor) for name, tensor in self.module.state_dict().items()}
+    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
+        tensors = self.module.state_dict()
+        return {name: self.whole(tensors[name]) for name in names}
 
     def optimizer_state(self) -> OptimizerState:
         state = plain_optimizer_state(self.module, self.optimizer, whole=self.whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -188,12 +188,12 @@ class DeepSpeedBackend(StageBackend):
 
     # -- state -----------------------------------------------------------------------------
 
-    def parameters_by_name(self) -> dict[str, Tensor]:
+    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        result = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            whole = None
+        tensors, result = self.module.state_dict(keep_vars=True), {}
+        for name in names:
+            tensor, whole = tensors[name], None
             if self._zero_stage and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                 whole = safe_get_full_fp32_param(tensor)
             if whole is None:

@@ -4,6 +4,7 @@ gradients and optimizer state."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -130,9 +131,9 @@ class FsdpBackend(TorchBackend):
 
     # -- state, whole ----------------------------------------------------------------------
 
-    def parameters_by_name(self) -> dict[str, Tensor]:
+    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
         self._reshard()
-        return super().parameters_by_name()
+        return super().parameters_by_name(names)
 
     def optimizer_state(self) -> OptimizerState:
         self._reshard()

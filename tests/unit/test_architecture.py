@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "memory",
         "build",
         "engine",
-        "stage export run_folder",
+        "stage export run_folder progress",
         "sharding checkpoint data trackers baselines",
         "distributed",
         "partition objectives schedules optim meter timeline",
@@ -53,8 +53,9 @@ OWNERS: dict[str, frozenset[str]] = {
     "transformers": frozenset({"partition", "data", "checkpoint", "export"}),
     "deepspeed": frozenset({"sharding/deepspeed.py", "sharding/_deepspeed_world.py", "baselines"}),
     "wandb": frozenset({"trackers/wandb.py"}),
+    "peft": frozenset({"partition/lora.py"}),
 }
-ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed"})
+ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft"})
 MAY_PRINT = frozenset({"cli"})
 
 

@@ -1,0 +1,291 @@
+"""LoRA: adapters of ``peft`` inside the stages of a model, together one adapter of the whole.
+
+A stage's tensors have the names that ``peft`` gives them in the whole model, and each adapter is
+drawn from the seed and its own name, so that neither depends on the cut. Everything else stays what
+it is in the base checkpoint, except the head of a classifier, or another that this has not
+(``modules_to_save`` in peft's words).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from scpl_ds import registry
+from scpl_ds.errors import CheckpointError, RecipeError
+from scpl_ds.partition._hf import auto_class, base_prefix, one_line, quiet_transformers, skeleton
+from scpl_ds.partition._trace import Anatomy
+from scpl_ds.recipe_sections import LoraSection
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of an adapter."""
+_NAME = "default"
+_TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Which modules of a whole model get an adapter, and of what kind."""
+
+    config: Any
+    """peft's ``LoraConfig`` of the whole model."""
+    targets: frozenset[str]
+    """Hugging Face names of the modules, all inside of layers."""
+    seed: int
+
+    def in_layers(self, anatomy: Anatomy, start: int, end: int) -> tuple[int, ...]:
+        """How many there are in each of the layers ``[start, end)``."""
+        places = [anatomy.section(name) for name in self.targets]
+        return tuple(places.count(layer) for layer in range(start, end))
+
+
+def plan_adapters(
+    config: PretrainedConfig, task: str, anatomy: Anatomy, lora: LoraSection, *, seed: int
+) -> Adapters:
+    """Find the modules that ``model.lora`` means; reads no weights.
+
+    Raises:
+        RecipeError: peft is not installed, a name fits no linear module of the layers, or peft
+            knows no default for this architecture.
+    """
+    peft = _peft()
+    modules = {name: m for name, m in skeleton(config, task).named_modules() if name}
+    linear = {
+        name
+        for name, module in modules.items()
+        if name.startswith(f"{anatomy.layers}.") and isinstance(module, nn.Linear | Conv1D)
+    }
+    wanted = lora.target_modules
+    if wanted is None:
+        wanted = _defaults(config.model_type, linear)
+    if wanted == "all-linear":
+        named = targets = linear
+    else:
+        found = {name: {m for m in modules if _is(m, name)} for name in wanted}
+        for name, fitting in found.items():
+            if not fitting & linear:
+                raise RecipeError(_no_target(name, modules, fitting, linear, config.model_type))
+        named = set().union(*found.values())
+        targets = named & linear
+        named = set(wanted) if named == targets else targets
+    made = peft.LoraConfig(
+        task_type=_TASK_TYPES[task],
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        target_modules=sorted(named),
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
+    )
+    return Adapters(made, frozenset(targets), seed)
+
+
+def adapt(
+    model: PreTrainedModel, anatomy: Anatomy, adapters: Adapters, drawn: Collection[str] = ()
+) -> None:
+    """Put this stage's adapters into its model, in place, and freeze what they stand beside.
+
+    Args:
+        model: Pruned to a stage, or whole.
+        anatomy: Of the model before.
+        adapters: Of the whole model.
+        drawn: Tensors that the base checkpoint lacks: their parts of the head are trained.
+    """
+    peft = _peft()
+    head = [
+        unit
+        for unit in anatomy.epilogue
+        if any(name.startswith(f"{unit}.") for name in drawn)
+        or (adapters.config.task_type == "SEQ_CLS" and _outside_base(unit, model))
+    ]
+    mine = copy.deepcopy(adapters.config)
+    own = sorted(name for name, _ in model.named_modules() if name in adapters.targets)
+    mine.target_modules = set(own)
+    model.requires_grad_(False)
+    if own:
+        peft.inject_adapter_in_model(mine, model, _NAME)
+        model.train(model.training)  # peft's dropout too
+    model.peft_config = {_NAME: mine}  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    with torch.random.fork_rng(devices=[]):
+        for name in own:
+            layer: Any = model.get_submodule(name)
+            torch.default_generator.manual_seed(_seed_of(adapters.seed, name))
+            layer.reset_lora_parameters(_NAME, True)
+    for name, parameter in model.named_parameters():
+        biased = adapters.config.bias == "all" and "bias" in name
+        if biased or any(name.startswith(f"{unit}.") for unit in head):
+            parameter.requires_grad_(True)
+
+
+def kept_names(model: nn.Module) -> frozenset[str] | None:
+    """What a checkpoint holds of a model with adapters: what is trained. None of any other model,
+    of which it holds everything."""
+    if getattr(model, "peft_config", None) is None:
+        return None
+    return frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def without_wrapper(model: Any) -> Any:
+    """The Hugging Face model with adapters that is inside a ``PeftModel``; others as they are.
+
+    Raises:
+        RecipeError: It is not LoRA as such, or has several adapters.
+    """
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        return model
+    facts = {name: str(getattr(c.peft_type, "value", c.peft_type)) for name, c in configs.items()}
+    if facts != {_NAME: "LORA"} or configs[_NAME].use_dora:
+        raise RecipeError(
+            f"the model has the PEFT adapters {facts}; stages train one LoRA adapter with the name "
+            f"'{_NAME}', without DoRA. Use get_peft_model(model, LoraConfig(...))."
+        )
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+# -- files ---------------------------------------------------------------------------------
+
+
+def save_config(
+    adapters: Adapters,
+    folder: Path,
+    anatomy: Anatomy,
+    trained: Iterable[str],
+    *,
+    base: str,
+    revision: str | None,
+) -> None:
+    """Write peft's ``adapter_config.json``.
+
+    Args:
+        adapters: Of the whole model.
+        folder: That it is written to.
+        anatomy: Of the model.
+        trained: Names of what all stages train.
+        base: Of the model that the adapter belongs to, as ``from_pretrained`` takes it.
+        revision: Likewise.
+    """
+    made = copy.deepcopy(adapters.config)
+    trained = list(trained)
+    head = [u for u in anatomy.epilogue if any(_of_head(name, u) for name in trained)]
+    made.modules_to_save = head or None
+    made.base_model_name_or_path, made.revision = base, revision
+    made.inference_mode = True
+    made.save_pretrained(str(folder))
+
+
+def export_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint under the names that ``adapter_model.safetensors`` has."""
+    exported = {}
+    for name, tensor in tensors.items():
+        plain = name.replace(f".modules_to_save.{_NAME}.", ".").replace(f".{_NAME}.", ".")
+        exported[f"base_model.model.{plain}"] = tensor.contiguous()
+    return exported
+
+
+def load_adapted(folder: Path, task: str, config: PretrainedConfig, *, merge: bool = False) -> Any:
+    """The base model of an adapter with the adapter in it, or in fp32 and added to its weights.
+
+    Raises:
+        CheckpointError: The base model is not where it was.
+    """
+    peft = _peft()
+    about = peft.PeftConfig.from_pretrained(str(folder))
+    try:
+        with quiet_transformers():  # the adapter has the head that it would miss
+            base = auto_class(task).from_pretrained(
+                about.base_model_name_or_path,
+                config=config,
+                revision=about.revision or "main",
+                dtype=torch.float32 if merge else "auto",
+            )
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is an adapter of '{about.base_model_name_or_path}', which cannot be loaded: "
+            f"{one_line(error)}. Put the base model back, or change base_model_name_or_path in "
+            f"{ADAPTER_CONFIG}."
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers the old way
+        adapted = peft.PeftModel.from_pretrained(base, str(folder))
+    return adapted.merge_and_unload() if merge else adapted.get_base_model()
+
+
+# -- details -------------------------------------------------------------------------------
+
+
+def _peft() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import peft
+    except ImportError as error:
+        raise RecipeError(
+            f"model.lora: adapters come from peft, which cannot be imported ({error}). "
+            "pip install 'scpl-ds[lora]', or pip install peft."
+        ) from error
+    return peft
+
+
+def _is(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")
+
+
+def _outside_base(unit: str, model: PreTrainedModel) -> bool:
+    prefix = base_prefix(model)
+    return bool(prefix) and not unit.startswith(prefix)
+
+
+def _of_head(name: str, unit: str) -> bool:
+    return name.startswith(f"{unit}.") and not name.endswith(".bias")
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _defaults(model_type: str, linear: Collection[str]) -> list[str]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    if model_type not in KNOWN:
+        raise RecipeError(
+            f"model.lora.target_modules: peft knows no default for '{model_type}'. Its linear "
+            f"modules are {_last_parts(linear)}; name some of them, or all-linear."
+        )
+    return list(KNOWN[model_type])
+
+
+def _no_target(
+    name: str,
+    modules: Mapping[str, nn.Module],
+    fitting: Collection[str],
+    linear: Collection[str],
+    model_type: str,
+) -> str:
+    start = f"model.lora.target_modules: '{name}' "
+    if fitting:
+        first = min(fitting)
+        why = (
+            f"is '{first}' ({type(modules[first]).__name__}): adapters go into linear modules of "
+            "the layers, and the head of a classifier is trained whole. "
+        )
+    else:
+        parts = {part.rpartition(".")[2] for part in linear}
+        why = f"is no module of '{model_type}'{registry.did_you_mean(name, parts) or '.'} "
+    return f"{start}{why}Its linear modules are {_last_parts(linear)}."
+
+
+def _last_parts(names: Collection[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
