@@ -80,18 +80,30 @@ def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> s
         recipe: ``Recipe.to_mapping()``.
         deepspeed: Its ``deepspeed`` section with every ``"auto"`` and ``train`` value filled in.
     """
-    parts = {name: value for name, value in recipe.items() if name != "trackers"}
+    parts = what_counts(recipe)
     parts["deepspeed"] = dict(deepspeed)
-    for section, keys in _NOT_IN_FINGERPRINT.items():
-        parts[section] = {k: v for k, v in parts[section].items() if k not in keys}
     parts["scpl"]["objective"] = _as_computed(parts["scpl"]["objective"])
-    for name, keys in _ADDED.items():
-        parts[name] = {k: v for k, v in parts[name].items() if k not in keys or v != keys[k]}
     for fill in FILLS.values():
         for key in fill.train_keys:  # already in parts["deepspeed"]
             parts["train"].pop(key, None)
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def what_counts(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Of some sections of a recipe as plain data the keys that the trained numbers depend on, but
+    for those that only say what older recipes left unsaid."""
+    parts: dict[str, Any] = {}
+    for name, section in recipe.items():
+        if name == "trackers":
+            continue
+        left_out, unsaid = _NOT_IN_FINGERPRINT.get(name, ()), _ADDED.get(name, {})
+        parts[name] = {
+            key: value
+            for key, value in section.items()
+            if key not in left_out and (key not in unsaid or value != unsaid[key])
+        }
+    return parts
 
 
 def _as_computed(objective: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from scpl_ds.bench.ranks import in_forks
 from scpl_ds.errors import RecipeError, ScplError
 from scpl_ds.recipe import Recipe, load_recipe, recipe_from_mapping
 from scpl_ds.recipe_files import read_mapping
+from scpl_ds.recipe_fingerprint import what_counts
 from scpl_ds.registry import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -262,7 +263,9 @@ def _earlier(before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> d
     if before is None:
         return {}
     found, asked = before.get("settings", {}), json.loads(json.dumps(settings))
-    changed = [key for key in ("recipe", "validation") if found.get(key) != asked[key]]
+    changed = [] if found.get("validation") == asked["validation"] else ["validation"]
+    if what_counts(found.get("recipe", {})) != what_counts(asked["recipe"]):
+        changed.insert(0, "recipe")
     known = _variants(before)
     for name in set(known) & set(asked["variants"]):
         if known[name] != asked["variants"][name]:

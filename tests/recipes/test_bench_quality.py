@@ -82,6 +82,18 @@ def test_figures_of_other_settings_are_refused(tmp_path: Path):
         )
 
 
+def test_figures_of_a_version_without_a_key_that_is_at_its_default_are_gone_on_with(
+    tmp_path: Path,
+):
+    asked = recipe_from_mapping(tiny.make(tmp_path))
+    first = quality.run(asked, methods=("bp",), stages=(2,), seeds=1)
+    for section, key in (("data", "streaming"), ("data", "packing"), ("train", "sample_prompts")):
+        del first["settings"]["recipe"][section][key]
+    again = quality.run(asked, methods=("bp",), stages=(2,), seeds=1, before=first)
+    assert again["rows"] == first["rows"]
+    assert not again["trials"]
+
+
 def test_a_variant_keeps_its_meaning_over_calls_that_do_not_ask_for_it(tmp_path: Path):
     asked: dict[str, Any] = {"stages": (2,), "seeds": 1}
     sharp = {"objective": {"name": "supcon", "temperature": 0.05}}
