@@ -19,6 +19,7 @@ from scpl_ds.build_checks import (
     make_objective,
     nothing_to_train,
     refuse_half,
+    refuse_rates,
     refuse_rest,
     refuse_untied,
 )
@@ -322,13 +323,9 @@ def build_engine(
         if not (trainable := list(named)):
             raise PartitionError(nothing_to_train(plan, k))
         if make_optimizer is not None:
-            if "head_lr" in scpl.model_fields_set and scpl.head_lr != 1.0:
-                raise RecipeError(
-                    f"scpl.head_lr: {scpl.head_lr} needs the config's optimizer; one of your own "
-                    "says its learning rates itself."
-                )
+            refuse_rates(scpl)
             return make_optimizer([parameter for _, parameter in trainable])
-        return build_optimizer(trainable, section, head_lr=scpl.head_lr)
+        return build_optimizer(trainable, section, lr=scpl.lr_of(k), head_lr=scpl.head_lr)
 
     backend.start(mesh)
     backprop = backprop_of(scpl, section, total_steps)

@@ -91,6 +91,20 @@ def refuse_rest(body: StageBody, plan: PartitionPlan, k: int) -> None:
         raise PartitionError(nothing_to_train(plan, k))
 
 
+def refuse_rates(scpl: ScplSection) -> None:
+    """Refuse rates of the recipe beside an optimizer of the caller's.
+
+    Raises:
+        RecipeError: Names the key.
+    """
+    for key in ("head_lr", "local_lr"):
+        if key in scpl.model_fields_set and (rate := getattr(scpl, key)) != 1.0:
+            raise RecipeError(
+                f"scpl.{key}: {rate} needs the config's optimizer; one of your own says its "
+                "learning rates itself."
+            )
+
+
 def nothing_to_train(plan: PartitionPlan, k: int) -> str:
     start, end = plan.span(k)
     layers = f"layer {start}" if end - start == 1 else f"layers {start} to {end - 1}"

@@ -48,6 +48,7 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     section: DeepSpeedSection,
     *,
+    lr: float = 1.0,
     head_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Torch's optimizer for the ``deepspeed.optimizer`` section.
@@ -61,9 +62,10 @@ def build_optimizer(
     Args:
         named_parameters: Of one stage, its objective's head included.
         section: Says type and parameters.
+        lr: Learning rate of all, relative to the run's. Groups of another rate than the run's are
+            known to ``set_lr`` by ``lr_factor``.
         head_lr: Of the local objective's parameters (``objective.*``), relative to the others'.
-            Anything but 1 puts them into groups of their own, which ``set_lr`` knows by
-            ``lr_factor``.
+            Anything but 1 puts them into groups of their own.
 
     Raises:
         ValueError: Nothing is trainable.
@@ -77,7 +79,8 @@ def build_optimizer(
     groups: list[dict[str, Any]] = []
     for of_head in (False, True):
         own = [p for n, p in trainable if (head_lr != 1.0 and n.startswith(HEAD)) == of_head]
-        more = {LR_FACTOR: head_lr} if of_head else {}
+        factor = lr * head_lr if of_head else lr
+        more = {} if factor == 1.0 else {LR_FACTOR: factor}
         groups.append({"params": [p for p in own if p.ndim >= 2], "weight_decay": decay, **more})
         groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, **more})
     return _CLASSES[_class_name(kind, params)]([g for g in groups if g["params"]], **options)

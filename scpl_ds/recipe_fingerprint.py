@@ -61,7 +61,14 @@ _NOT_IN_FINGERPRINT = {
 
 
 _ADDED: dict[str, dict[str, Any]] = {
-    "scpl": {"method": "scpl", "freeze_stages": 0, "polish": 0.0, "lookahead": 0, "head_lr": 1.0},
+    "scpl": {
+        "method": "scpl",
+        "freeze_stages": 0,
+        "polish": 0.0,
+        "lookahead": 0,
+        "head_lr": 1.0,
+        "local_lr": 1.0,
+    },
     "train": {"group_by_length": False},
     "data": {
         "packing": False,

@@ -177,6 +177,10 @@ class ScplSection(Section):
     """Learning rate of the local objectives' own parameters (projections, classifiers, codes),
     relative to the layers'. They start from nothing, and layers from a pretrained model, whose rate
     is slow for them (docs/quality.md)."""
+    local_lr: Annotated[float, Field(gt=0, lt=1e6), BeforeValidator(not_bool)] = 1.0
+    """Learning rate of all stages but the last, heads included, relative to the last stage's, whose
+    loss is the task's. 0.25 with four times the rate was better than one rate for all
+    (docs/quality.md). Without effect where gradients cross stages (``method``)."""
     lookahead: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0
     """Every local loss stands so many layers behind its stage: behind copies of the next layers, as
     they were before training, which are trained with the stage and thrown away. Costs their memory
@@ -329,6 +333,10 @@ class ScplSection(Section):
         own last, without ``lookahead``."""
         looks = self.lookahead if self.has_objective(stage) else 0
         return min(end + looks, num_layers)
+
+    def lr_of(self, stage: int) -> float:
+        """A stage's learning rate, relative to the run's."""
+        return self.local_lr if self.method == "scpl" and stage < self.stages - 1 else 1.0
 
     def has_objective(self, stage: int) -> bool:
         """Whether a stage of such an index has a local objective."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import scpl_ds
 from scpl_ds.engine_backprop import joined
 from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.objectives._base import StageView
@@ -367,3 +368,43 @@ def test_a_method_learns_the_same_under_every_backend(name: str, sharding: str, 
     torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-5)
     assert exits.keys() == other_exits.keys()
     assert bool(exits) == (name in ("early_exit", "deinforeg", "associated"))
+
+
+def test_local_lr_is_the_rate_of_all_stages_but_the_last() -> None:
+    """No gradient comes back, so a stage at a quarter of a rate is that of a run at a quarter."""
+
+    def body() -> None:
+        found: dict[str, dict[str, Any]] = {}
+        for name, rate, local in (("both", 2e-3, 0.25), ("quarter", 5e-4, 1.0), ("one", 2e-3, 1.0)):
+            config = runs.config(3, pipeline_ranks=1, local_lr=local)
+            config["optimizer"]["params"]["lr"] = rate
+            config["scheduler"]["params"]["warmup_max_lr"] = rate
+            model = runs.model(dropout=0.0)
+            running = scpl_ds.initialize(model=model, config=config, seed=runs.SEED).engine
+            first = [name for name in runs.weights_of_engine(running) if ".layer." in name]
+            data = runs.batches(seed=3)
+            for _ in range(4):
+                running.train_batch(data)
+            found[name] = runs.weights_of_engine(running)
+        last = running.plan.span(2)[0]
+        for name in first:
+            early = int(name.partition(".layer.")[2].partition(".")[0]) < last
+            same = torch.equal(found["both"][name], found["quarter"][name])
+            assert same == early, name
+            if early:
+                assert not torch.equal(found["both"][name], found["one"][name])
+        heads = [name for name in found["both"] if name.startswith("scpl_heads")]
+        assert heads
+        for name in heads:
+            assert torch.equal(found["both"][name], found["quarter"][name]), name
+
+    run_ranks(1, body)
+
+
+def test_rates_of_the_recipe_are_refused_beside_an_optimizer_of_the_callers() -> None:
+    def body() -> None:
+        config = runs.config(2, pipeline_ranks=1, local_lr=0.5)
+        with pytest.raises(RecipeError, match=r"scpl.local_lr: 0.5 needs the config's optimizer"):
+            scpl_ds.initialize(model=runs.model(), optimizer=torch.optim.SGD, config=config)
+
+    run_ranks(1, body)
