@@ -163,7 +163,8 @@ def evaluate_run(
         exit_patiences: Likewise where so many further heads in a row agree.
 
     Returns:
-        ``val/accuracy``, ``val/loss``, ``samples``; on rank 0 ``early_exit``, the points of
+        ``val/accuracy``, ``val/loss``, ``samples`` (of a language model ``val/perplexity``,
+        ``val/token_accuracy``, ``val/loss``, ``tokens``); on rank 0 ``early_exit``, the points of
         ``early_exit.curve``, where any were asked for.
 
     Raises:
@@ -197,7 +198,8 @@ def evaluate_run(
             logits = torch.cat([tensor for part in parts for tensor in part])
             labels = torch.from_numpy(data.eval.labels)
             save_file({"logits": logits, "labels": labels}, logits_file)
-    found: dict[str, Any] = {**score.metrics(), "samples": float(score.total)}
+    counted = "tokens" if score.tokens else "samples"
+    found: dict[str, Any] = {**score.metrics(), counted: float(score.total)}
     if exit_thresholds or exit_patiences:
         points = together(
             mesh,

@@ -62,6 +62,10 @@ def generate(
     texts = [_as_message(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     batch: Any = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    for number, length in enumerate(inputs["attention_mask"].sum(1).tolist(), 1):
+        _need_room(
+            f"generate: prompt {number}", length, "--max-new-tokens", max_new_tokens, model.config
+        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
@@ -89,31 +93,30 @@ class Samples:
         prompts: Texts.
         max_new_tokens: Longest continuation, in tokens.
         config: The model's, for the tokens that end a text and for its positions.
+        generation: Its generation config, whose tokens that end a text go before.
 
     Raises:
         DataError: A prompt gives no token, or leaves too few positions.
     """
 
     def __init__(
-        self, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, config: Any
+        self,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        config: Any,
+        generation: Any = None,
     ) -> None:
         self.tokenizer, self.prompts, self.max_new_tokens = tokenizer, prompts, max_new_tokens
         self._ids: list[list[int]] = []
-        self._ends = _ends(config)
+        self._ends = _ends(generation) or _ends(config.get_text_config())
         if tokenizer is None:
             return
         self._ends |= {tokenizer.eos_token_id} - {None} if not self._ends else set()
         self._ids = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         for number, ids in enumerate(self._ids):
-            if not ids:
-                raise DataError(f"train.sample_prompts[{number}] gives no token at all.")
-            if positions is not None and len(ids) + max_new_tokens > positions:
-                raise DataError(
-                    f"train.sample_prompts[{number}] has {len(ids)} tokens; with "
-                    f"train.sample_max_new_tokens {max_new_tokens} that is more than the model's "
-                    f"{positions} positions. Shorten one of the two."
-                )
+            who = f"train.sample_prompts[{number}]"
+            _need_room(who, len(ids), "train.sample_max_new_tokens", max_new_tokens, config)
 
     def take(self, engine: Engine) -> list[dict[str, str]]:
         """``prompt`` and ``text`` of every prompt, on rank 0; elsewhere nothing. Every rank calls
@@ -146,10 +149,23 @@ class Samples:
         ]
 
 
+def _need_room(who: str, length: int, key: str, most: int, config: Any) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not length:
+        raise DataError(f"{who} gives no token at all.")
+    if positions is not None and length + most > positions:
+        raise DataError(
+            f"{who} has {length} tokens; with {key} {most} that is more than the model's "
+            f"{positions} positions. Shorten one of the two."
+        )
+
+
 def _ends(config: Any) -> set[int]:
     """Tokens that end a text."""
-    found = config.get_text_config().eos_token_id
-    return set(found) if isinstance(found, list) else {found} - {None}
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        return set()
+    return set(found) if isinstance(found, list) else {found}
 
 
 def _as_batch(

@@ -18,6 +18,9 @@ def across(sections: Mapping[str, Any]) -> list[Problem]:
     if train.sample_prompts and model is not None and model.task != "causal-lm":
         message = f"model.task is '{model.task}', which gives classes, not text; remove the key"
         problems.append(Problem("train.sample_prompts", message))
+    if train.sample_prompts and train.eval_strategy == "no":
+        message = "are written at evaluations, and train.eval_strategy is no; remove one of the two"
+        problems.append(Problem("train.sample_prompts", message))
     if data is not None and getattr(data.options, "streaming", False):
         problems += _streaming(train, model)
     return problems

@@ -23,6 +23,7 @@ from scpl_ds.generation import Samples
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
+from scpl_ds.partition.config import generation_config
 from scpl_ds.partition.lora import save_config
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.progress import Progress
@@ -129,8 +130,11 @@ class Run:
 
     def _make_samples(self) -> Samples | None:
         prompts, most = self.recipe.train.sample_prompts, self.recipe.train.sample_max_new_tokens
-        found = Samples(self.data.tokenizer, prompts, most, self.model.config)
-        return found if prompts else None
+        if not prompts:
+            return None
+        model, revision = self.model, self.recipe.model.revision
+        own = generation_config(model.path, revision=revision) if self.is_main else None
+        return Samples(self.data.tokenizer, prompts, most, model.config, own)
 
     def _find_checkpoint(self) -> Path | None:
         asked = self.recipe.train.resume_from_checkpoint
@@ -158,6 +162,10 @@ class Run:
         model, asked = self.model, self.recipe.model
         self.folder.model_files.mkdir(exist_ok=True)
         model.config.save_pretrained(self.folder.model_files)
+        if asked.task == "causal-lm":
+            own = generation_config(model.path, revision=asked.revision)
+            if own is not None:
+                own.to_json_file(self.folder.model_files / "generation_config.json")
         self.data.tokenizer.save_pretrained(self.folder.model_files)
         if model.adapters is not None:
             save_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,9 +46,10 @@ def best_of(rows: Sequence[Row]) -> Row | None:
 
 
 def _worth(row: Row, split: str) -> float:
-    """What is to be high: the accuracy, or the perplexity with a minus."""
+    """What is to be high: the accuracy, or the perplexity with a minus; what diverged is last."""
     name = f"{split}_perplexity"
-    return -row[name] if name in row else row[f"{split}_accuracy"]
+    found = -row[name] if name in row else row[f"{split}_accuracy"]
+    return found if math.isfinite(found) else -math.inf
 
 
 def _order(row: Row) -> tuple[str, int, int]:

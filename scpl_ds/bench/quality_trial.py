@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,15 +56,7 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
     if steps <= 0:
         steps = max(1, round(per_epoch * recipe.train.num_train_epochs))
     engine = make_engine(recipe, model, mesh, device, total_steps=steps)
-    tokens = 0
-
-    def counted() -> Iterator[Any]:
-        nonlocal tokens
-        for batch in train:
-            tokens += batch["input_ids"].numel()
-            yield batch
-
-    batches = counted()
+    batches = iter(train)
     began = time.monotonic()
     for _ in range(steps):
         engine.train_batch(batches)
@@ -81,7 +72,7 @@ def train_and_score(recipe: Recipe, validation: float) -> dict[str, Any]:
         what = "perplexity" if "val/perplexity" in metrics else "accuracy"
         own[f"{name}_{what}"] = metrics[f"val/{what}"]
     if found.tokens:
-        own["tokens_per_s"] = tokens / seconds
+        own["tokens_per_s"] = engine.tokens_seen / seconds
     return {
         **own,
         "samples_per_s": engine.samples_seen / seconds,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition._hf import one_line
@@ -86,3 +87,15 @@ def _train_on_classes(config: PretrainedConfig, name: str) -> None:
             name, before,
         )  # fmt: skip
     config.problem_type = SINGLE_LABEL
+
+
+def generation_config(name_or_path: str, *, revision: str | None = None) -> GenerationConfig | None:
+    """How the model generates (tokens that end a text among it), where its folder says so.
+
+    Some models have stop tokens there that their config does not name.
+    """
+    try:
+        more: dict[str, Any] = {} if revision is None else {"revision": revision}
+        return GenerationConfig.from_pretrained(name_or_path, **more)
+    except OSError:
+        return None

@@ -91,7 +91,8 @@ class JsonlTracker(Tracker):
 
 
 def _keep_until(path: Path, step: int) -> None:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not splitlines(): a text may hold a line separator of Unicode's.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     partial = path.with_suffix(".jsonl.tmp")
     partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

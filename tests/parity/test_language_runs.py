@@ -101,12 +101,16 @@ def test_a_streamed_run_goes_on_where_it_was_stopped_to_the_bit(
 def test_samples_over_two_ranks_are_what_the_export_generates(tmp_path: Path) -> None:
     options = {"sample_prompts": PROMPTS, "sample_max_new_tokens": NEW, "eval_steps": 10}
     recipe(tmp_path, "run")
+    stop = tiny_lm.tokenizer().encode("o")
+    config = next((tmp_path).rglob("generation_config.json"))
+    config.write_text(json.dumps({"eos_token_id": [0, *stop], "pad_token_id": 0}))
     run_ranks(2, lambda: fitted(lambda: recipe(tmp_path, "run", **options)), limit_s=120)
     lines = (tmp_path / "run" / "texts.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == [10] * 3 + [20] * 3
     last = {row["prompt"]: row["text"] for row in rows[3:]}
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").eval()
+    assert model.generation_config.eos_token_id == [0, *stop]
     tokenizer = tiny_lm.tokenizer()
     for prompt in PROMPTS:
         batch: Any = tokenizer(prompt, return_tensors="pt")
@@ -114,7 +118,8 @@ def test_samples_over_two_ranks_are_what_the_export_generates(tmp_path: Path) ->
         with torch.no_grad():
             found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
         text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
-        assert text and last[prompt] == text
+        assert last[prompt] == text
+    assert any(last.values())
 
 
 def test_samples_end_where_the_model_ends_a_text(tmp_path: Path) -> None:
@@ -156,6 +161,11 @@ def test_what_is_for_language_models_is_refused_for_classifiers(
     }  # fmt: skip
     with pytest.raises(RecipeError, match=message):
         recipe_from_mapping({**base, **section})
+
+
+def test_samples_without_an_evaluation_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"sample_prompts: are written at evaluations"):
+        recipe(tmp_path, "run", sample_prompts=["x"], eval_strategy="no")
 
 
 def test_a_stream_without_max_steps_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,11 @@ def test_the_learning_rate_is_selected_by_validation_and_never_by_test():
     assert chosen == [tried[1], tried[2]] and others == [tried[0]]
     plateau = [row(rate, 0, 0.9, rate / 9) for rate in (3, 1, 2)]
     assert selected([*plateau, row(4, 0, 0.8, 1.0)])[0] == [plateau[2]]
+
+
+def test_a_rate_that_diverged_is_never_the_best_one():
+    rows = [
+        {"method": "bp", "stages": 1, "seed": 0, "learning_rate": rate, "validation_perplexity": p}
+        for rate, p in ((1e-4, math.nan), (2e-4, 9.0), (4e-4, math.inf))
+    ]
+    assert [row["learning_rate"] for row in selected(rows)[0]] == [2e-4]

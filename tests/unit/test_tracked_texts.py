@@ -101,3 +101,13 @@ def test_a_tracker_that_fails_at_texts_is_left_out(
         trackers.texts("samples", ROWS, 2)
     (record,) = caplog.records
     assert "Fails failed in texts" in record.getMessage()
+
+
+def test_a_text_with_a_line_separator_of_unicode_survives_a_resume(tmp_path: Path):
+    rows = [{"prompt": "a", "text": "one\u2028two\u0085three"}]
+    jsonl(tmp_path).texts("samples", rows, 10)
+    path = tmp_path / "texts.jsonl"
+    before = path.read_text(encoding="utf-8")
+    resumed = JsonlTracker(JsonlTracker.Options(), run_dir=tmp_path, resume=True)
+    resumed.start({}, resumed_step=20)
+    assert path.read_text(encoding="utf-8") == before
