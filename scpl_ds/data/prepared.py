@@ -146,6 +146,7 @@ def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
             packing=options.packing,
             completion_only=options.completion_only,
             vocab_size=reading.vocab_size,
+            drop_invalid=_drops(options),
         )
         most = options.max_train_samples if split == "train" else options.max_eval_samples
         if texts.kind != "text" or most is None or most >= len(found):
@@ -185,8 +186,8 @@ def _check_packing(recipe: Recipe, reading: _Reading, *, evaluated_only: bool) -
     if "flash" in (model.attn_implementation or "") and many:
         raise DataError(
             f"data.packing: with attn_implementation {model.attn_implementation} transformers "
-            f"keeps documents apart in micro-batches of one row only, but {' and '.join(many)}. Set "
-            "these to 1 and data.max_length higher, or model.attn_implementation: sdpa, or "
+            f"keeps documents apart in micro-batches of one row only, but {' and '.join(many)}. "
+            "Set these to 1 and data.max_length higher, or model.attn_implementation: sdpa, or "
             "data.packing: false."
         )
 
@@ -199,6 +200,7 @@ def _stream(source: TextStream, recipe: Recipe, reading: _Reading) -> Stream:
         options.max_length,
         options.completion_only,
         reading.vocab_size,
+        _drops(options),
     )
     return Stream(
         source,
@@ -206,8 +208,12 @@ def _stream(source: TextStream, recipe: Recipe, reading: _Reading) -> Stream:
         packing=options.packing,
         buffer=options.shuffle_buffer,
         seed=recipe.train.seed,
-        drop_invalid=isinstance(options, ColumnOptions) and options.drop_invalid_rows,
     )
+
+
+def _drops(options: DataOptions) -> bool | None:
+    """``drop_invalid_rows``; None of a source that does not have it."""
+    return options.drop_invalid_rows if isinstance(options, ColumnOptions) else None
 
 
 def _labelled(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:

@@ -58,8 +58,8 @@ def stream_of(
 ) -> Stream:  # fmt: skip
     found = source.stream_texts().train
     assert found is not None
-    write = RowWriter(found.kind, TOKENIZER, max_length, vocab_size=257)
-    whole = Stream(found, write, packing=packing, buffer=buffer, seed=1, drop_invalid=drop)
+    write = RowWriter(found.kind, TOKENIZER, max_length, vocab_size=257, drop_invalid=drop)
+    whole = Stream(found, write, packing=packing, buffer=buffer, seed=1)
     return whole.for_rank(rank, ranks)
 
 
