@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, LlamaConfig, OPTConfig, OPTForCausalLM
+from transformers import CONFIG_MAPPING, Lfm2Config, LlamaConfig, OPTConfig, OPTForCausalLM
 
 from scpl_ds.data.prepared import read
 from scpl_ds.errors import DataError
@@ -33,7 +32,7 @@ def test_architectures_that_do_not_are_found_out(name: str) -> None:
 
 def test_one_kind_of_layer_that_mixes_documents_is_enough() -> None:
     def found(kinds: list[str]) -> bool:
-        config: Any = CONFIG_MAPPING["lfm2"](layer_types=kinds, num_hidden_layers=len(kinds))
+        config = Lfm2Config(layer_types=kinds, num_hidden_layers=len(kinds))
         return keeps_documents_apart(config).apart
 
     attention = ["full_attention"] * 12
