@@ -132,7 +132,7 @@ def _shrunk(config: PretrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
             own[name] = {place: part for place, part in value.items() if int(place) < count}
         elif name in sizes and (value is not None or name in ("head_dim", "num_key_value_heads")):
             own[name] = sizes[name]
-            if isinstance(value, int) and sizes[name] is not None:
+            if isinstance(value, int) and sizes[name] is not None and "vocab" not in name:
                 own[name] = min(value, sizes[name])
         elif "drop" in name and isinstance(value, float):
             own[name] = 0.0

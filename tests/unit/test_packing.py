@@ -39,6 +39,15 @@ def test_one_kind_of_layer_that_mixes_documents_is_enough() -> None:
     assert found(attention) and not found([*attention[1:], "conv"])
 
 
+def test_the_model_asked_about_may_be_tiny_itself() -> None:
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=12, num_attention_heads=1, num_hidden_layers=1,
+        intermediate_size=8, bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+    before = config.to_dict()
+    assert keeps_documents_apart(config).apart and config.to_dict() == before
+
+
 def test_a_model_that_cannot_be_tried_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scpl_ds.partition.packing._MOST_PARAMETERS", 0)
     found = keeps_documents_apart(LlamaConfig())
