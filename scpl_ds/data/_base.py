@@ -103,7 +103,8 @@ class Texts:
     """What a language model is trained on, every row checked: nothing is empty.
 
     Columns: ``text``; or ``prompt`` and ``completion``; or ``messages``, a list of
-    ``{"role": ..., "content": ...}``. And ``row``, where it stands in its origin.
+    ``{"role": ..., "content": ...}``, or JSON of one, which keeps messages with other keys or types
+    as they were read. And ``row``, where it stands in its origin.
     """
 
     kind: Literal["text", "prompt", "messages"]

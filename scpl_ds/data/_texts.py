@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -75,6 +76,18 @@ def why_not(name: str, value: Any) -> str | None:
     return _no_conversation(value) if name == "messages" else _no_text(value)
 
 
+def as_json(messages: Any) -> str:
+    """A conversation as it was read, but for keys that are null: a format with columns gives every
+    message the keys of all others, and the chat template would see them."""
+    return json.dumps(_without_nulls(messages), default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def _checked(table: Table, own: dict[str, str], options: ColumnOptions) -> Dataset:
     source = table.origin.rsplit(", ", 1)[0]
     if not table.rows:
@@ -96,6 +109,8 @@ def _checked(table: Table, own: dict[str, str], options: ColumnOptions) -> Datas
     if not kept:
         raise DataError(f"{source}: all {len(bad)} rows are unusable: {bad[min(bad)]}.")
     columns = {name: [table.columns[column][i] for i in kept] for name, column in own.items()}
+    if "messages" in columns:
+        columns["messages"] = [as_json(value) for value in columns["messages"]]
     return Dataset.from_dict({**columns, "row": [table.rows[i] for i in kept]})
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -20,23 +20,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scpl_ds.data._base import Texts
+from scpl_ds.data._writers import IGNORED, ForeignTokens, Piece, RowWriter
 from scpl_ds.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100
-
-
-class Piece(NamedTuple):
-    """Tokens that belong together."""
-
-    ids: list[int]
-    labels: list[int]
-    """The ids, ``IGNORED`` where nothing is learned. As everywhere in Hugging Face's models, a
-    position is taught the label of the next."""
 
 
 class LanguageDataset(Dataset[dict[str, Any]]):
@@ -87,6 +77,7 @@ def tokenize_texts(
     packing: bool = False,
     completion_only: bool = True,
     vocab_size: int | None = None,
+    drop_invalid: bool | None = None,
 ) -> LanguageDataset:
     """Tokenise a split.
 
@@ -99,73 +90,34 @@ def tokenize_texts(
         completion_only: Of prompts with completions and of conversations, learn what is answered
             only.
         vocab_size: ``config.vocab_size`` of the model.
+        drop_invalid: Leave out rows that are unusable instead of refusing them; None: refuse, of a
+            source that has no ``drop_invalid_rows``.
 
     Raises:
-        DataError: A text gives no token, a prompt leaves no room for its completion, the tokenizer
-            has no chat template or one that rewrites what was said, a token is not of the model.
+        DataError: A text gives fewer than two tokens, a prompt leaves no room for its completion,
+            the tokenizer has no chat template or one that rewrites what was said, a token is not
+            of the model.
     """
     dataset = texts.train if split == "train" else texts.eval
     assert dataset is not None
-    write = RowWriter(texts.kind, tokenizer, max_length, completion_only, vocab_size)
+    write = RowWriter(texts.kind, tokenizer, max_length, completion_only, vocab_size, drop_invalid)
+    origin = texts.origin.get(split, f"{split} split, row")
     pieces: list[Piece] = []
     for index, row in enumerate(cast("Iterable[Mapping[str, Any]]", dataset)):
-        pieces += write(row, texts.at(split, index))
+        pieces += write(row, f"{origin} {row.get('row', index)}")
+    if not pieces and len(dataset):
+        raise DataError(f"{origin.rsplit(', ', 1)[0]}: every row is unusable: {write.last}")
+    if write.dropped:
+        log.warning(
+            "%d of %d rows left out (data.drop_invalid_rows), the last: %s",
+            write.dropped, len(dataset), write.last,
+        )  # fmt: skip
     if cut := write.cut:
         log.warning(
             "%d of %d samples (%.1f %%) are longer than data.max_length %d tokens and were cut.",
             cut, len(dataset), 100 * cut / len(dataset), max_length,
         )  # fmt: skip
     return lay_out(pieces, max_length if packing else None)
-
-
-class RowWriter:
-    """What a row becomes: pieces of at most ``max_length`` tokens. Arguments as in
-    :func:`tokenize_texts`.
-
-    Raises:
-        DataError: From calls: the row gives no token, nothing to learn, or a token that is not of
-            the model.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        completion_only: bool = True,
-        vocab_size: int | None = None,
-    ) -> None:
-        self.kind, self.tokenizer, self.max_length = kind, tokenizer, max_length
-        self.completion_only, self.vocab_size = completion_only, vocab_size
-        self.cut = 0
-        """Completions and conversations that lost their end."""
-
-    def __call__(self, row: Mapping[str, Any], where: str) -> list[Piece]:
-        whole = _WRITERS[self.kind](self.tokenizer, row, self.completion_only, where)
-        if not whole.ids:
-            raise DataError(f"{where} gives no token at all; take it out of the data.")
-        highest = max(whole.ids)
-        if self.vocab_size is not None and highest >= self.vocab_size:
-            raise ForeignTokens(
-                f"{where} has token id {highest}, but the model's vocabulary has "
-                f"{self.vocab_size} tokens: this tokenizer belongs to another model. Use the one "
-                "saved with the model."
-            )
-        if self.kind == "text":
-            return list(_pieces(whole, self.max_length))
-        kept = Piece(whole.ids[: self.max_length], whole.labels[: self.max_length])
-        if all(label == IGNORED for label in kept.labels[1:]):
-            raise DataError(
-                f"{where}: the first {self.max_length} of {len(whole.ids)} tokens "
-                "(data.max_length) hold nothing to learn: the prompt fills them. Raise "
-                "data.max_length, or shorten the prompt."
-            )
-        self.cut += len(whole.ids) > self.max_length
-        return [kept]
-
-
-class ForeignTokens(DataError):
-    """The tokenizer is another model's: no other row would be better."""
 
 
 def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -196,8 +148,8 @@ def lay_out(pieces: Sequence[Piece], size: int | None) -> LanguageDataset:
     order = [[n] for n in range(len(pieces))] if rows is None else rows
     flat = [pieces[n] for row in order for n in row]
     columns = {
-        "input_ids": np.concatenate([np.asarray(piece.ids, np.int32) for piece in flat]),
-        "labels": np.concatenate([np.asarray(piece.labels, np.int32) for piece in flat]),
+        "input_ids": np.concatenate([piece.ids for piece in flat]),
+        "labels": np.concatenate([piece.labels for piece in flat]),
     }
     sizes = [len(piece.ids) for piece in flat]
     if rows is not None:
@@ -206,95 +158,6 @@ def lay_out(pieces: Sequence[Piece], size: int | None) -> LanguageDataset:
         columns["labels"][np.cumsum([0, *sizes[:-1]])] = IGNORED
     counts = [sum(len(pieces[n].ids) for n in row) for row in order]
     return LanguageDataset(columns, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
-
-
-def _pieces(whole: Piece, size: int) -> Iterator[Piece]:
-    """A document in pieces; a last one of a single token has nothing to learn."""
-    for start in range(0, len(whole.ids), size):
-        ids = whole.ids[start : start + size]
-        if len(ids) > 1 or len(whole.ids) == 1:
-            yield Piece(ids, whole.labels[start : start + size])
-
-
-def _with_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    end = tokenizer.eos_token_id
-    return ids if not isinstance(end, int) or ids[-1:] == [end] else [*ids, end]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _plain(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], completion_only: bool, where: str
-) -> Piece:
-    del completion_only, where
-    ids = _with_end(tokenizer, _ids(tokenizer, row["text"]))
-    return Piece(ids, list(ids))
-
-
-def _prompted(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], completion_only: bool, where: str
-) -> Piece:
-    """Prompt and completion are tokenised apart, so that no token is half of each."""
-    del where
-    prompt = _ids(tokenizer, row["prompt"])
-    end = tokenizer.eos_token_id
-    if prompt[-1:] == [end] and isinstance(end, int):  # a tokenizer that ends whatever it is given
-        prompt = prompt[:-1]
-    answer = _with_end(tokenizer, _ids(tokenizer, row["completion"], special=False))
-    first = [IGNORED] * len(prompt) if completion_only else prompt
-    return Piece([*prompt, *answer], [*first, *answer])
-
-
-def _spoken(
-    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], completion_only: bool, where: str
-) -> Piece:
-    """A conversation in the model's chat template. What the assistant says is learned: the tokens
-    that the template adds when its turn comes after what it writes to ask for one."""
-    messages = [dict(message) for message in row["messages"]]
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{where} is a conversation, but the tokenizer has no chat template. Use an instruct "
-            "model's tokenizer (model.tokenizer_name_or_path), or prompt and completion columns."
-        )
-
-    def written(count: int, *, ask: bool) -> list[int]:
-        try:
-            found: Any = tokenizer.apply_chat_template(
-                messages[:count], tokenize=True, add_generation_prompt=ask, return_dict=True
-            )
-        # A template is a program of the model's author and raises what it likes.
-        except Exception as error:
-            raise DataError(
-                f"{where}: the chat template refuses the conversation: {error} Its roles are "
-                f"{[message.get('role') for message in messages[:count]]}."
-            ) from error
-        return list(found["input_ids"])
-
-    ids = written(len(messages), ask=False)
-    if not completion_only:
-        return Piece(ids, list(ids))
-    labels = [IGNORED] * len(ids)
-    for number, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        before, after = written(number, ask=True), written(number + 1, ask=False)
-        if ids[: len(after)] != after or after[: len(before)] != before:
-            raise DataError(
-                f"{where}: the chat template writes the conversation up to message {number + 1} "
-                "otherwise than the whole of it, so what the assistant said cannot be found in it. "
-                "Set data.completion_only: false, or give prompt and completion columns."
-            )
-        labels[len(before) : len(after)] = after[len(before) :]
-    return Piece(ids, labels)
-
-
-_WRITERS: dict[str, Callable[..., Piece]] = {
-    "text": _plain,
-    "prompt": _prompted,
-    "messages": _spoken,
-}
 
 
 class LanguageCollator:
@@ -360,6 +223,7 @@ def targets_of(labels: Tensor) -> Tensor:
 
 
 __all__ = [
+    "IGNORED",
     "ForeignTokens",
     "LanguageCollator",
     "LanguageDataset",

@@ -181,7 +181,7 @@ class BatchLoader:
             "grouped_by": 0 if self._lengths is None else self._unit,
         }
 
-    def restore(self, position: Mapping[str, int]) -> None:
+    def restore(self, position: Mapping[str, Any]) -> None:
         """Go on behind the last sample of ``position``, under any ``dp_size`` or micro-batch size.
 
         Iterators made before are void.
@@ -190,6 +190,11 @@ class BatchLoader:
             DataError: The position is of other data or of another seed: samples would be repeated
                 and left out without a word.
         """
+        if "lanes" in position:
+            raise DataError(
+                "The checkpoint was written with data.streaming: the order of samples cannot be "
+                "continued. Use the same data section."
+            )
         for key, mine in (("num_samples", self.num_samples), ("seed", self.seed)):
             if position[key] != mine:
                 what = "data set has" if key == "num_samples" else "run's order is of"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,8 +34,12 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.errors import CheckpointError, DataError, RecipeError
 from scpl_ds.partition.anatomy import anatomy_of
 from scpl_ds.partition.config import load_config
+from scpl_ds.partition.packing import keeps_documents_apart
 from scpl_ds.partition.plan import LayerTimes
 from scpl_ds.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 AHEAD = 2  # micro-batches that are ready before a GPU asks for them
 
@@ -84,6 +88,7 @@ class _Reading:
     positions: int | None
     vocab_size: int
     input_names: Collection[str]
+    config: PretrainedConfig
 
 
 def read(recipe: Recipe, trained: Path | None) -> Data:
@@ -108,6 +113,7 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
         getattr(config.get_text_config(), "max_position_embeddings", None),
         config.get_text_config().vocab_size,
         anatomy_of(config, model.task, attn_implementation=attention).forward_keys,
+        config,
     )
     found = (_texts if model.task == "causal-lm" else _labelled)(recipe, reading, trained)
     found.input_names = reading.input_names
@@ -118,11 +124,8 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
 
 def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
     options = reading.options
-    if options.packing and "position_ids" not in reading.input_names:
-        raise DataError(
-            f"data.packing: the model '{recipe.model.name_or_path}' takes no position_ids, which "
-            "keep packed documents apart. Set data.packing: false."
-        )
+    if options.packing:
+        _check_packing(recipe, reading, evaluated_only=trained is not None)
     check_max_length(reading.tokenizer, options.max_length, reading.positions)
     stream: TextStream | None = None
     texts: Texts | None
@@ -143,6 +146,7 @@ def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
             packing=options.packing,
             completion_only=options.completion_only,
             vocab_size=reading.vocab_size,
+            drop_invalid=_drops(options),
         )
         most = options.max_train_samples if split == "train" else options.max_eval_samples
         if texts.kind != "text" or most is None or most >= len(found):
@@ -160,6 +164,34 @@ def _texts(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:
     return Data(facts, reading.tokenizer, streamed, held_out)
 
 
+def _check_packing(recipe: Recipe, reading: _Reading, *, evaluated_only: bool) -> None:
+    """Refuse rows in which documents would see each other."""
+    model = recipe.model
+    if "position_ids" not in reading.input_names:
+        raise DataError(
+            f"data.packing: the model '{model.name_or_path}' takes no position_ids, which keep "
+            "packed documents apart. Set data.packing: false."
+        )
+    found = keeps_documents_apart(reading.config, attn_implementation=model.attn_implementation)
+    if not found.apart:
+        raise DataError(
+            f"data.packing: would let documents see each other in '{model.name_or_path}' "
+            f"(model type {reading.config.model_type}): {found.why}. Set data.packing: false."
+        )
+    sizes = {"train.per_device_eval_batch_size": recipe.eval_batch_size}
+    if not evaluated_only:
+        key = "deepspeed.train_micro_batch_size_per_gpu"
+        sizes = {key: recipe.deepspeed.micro_batch_size, **sizes}
+    many = [f"{key} is {size}" for key, size in sizes.items() if size > 1]
+    if "flash" in (model.attn_implementation or "") and many:
+        raise DataError(
+            f"data.packing: with attn_implementation {model.attn_implementation} transformers "
+            f"keeps documents apart in micro-batches of one row only, but {' and '.join(many)}. "
+            "Set these to 1 and data.max_length higher, or model.attn_implementation: sdpa, or "
+            "data.packing: false."
+        )
+
+
 def _stream(source: TextStream, recipe: Recipe, reading: _Reading) -> Stream:
     options = reading.options
     write = RowWriter(
@@ -168,6 +200,7 @@ def _stream(source: TextStream, recipe: Recipe, reading: _Reading) -> Stream:
         options.max_length,
         options.completion_only,
         reading.vocab_size,
+        _drops(options),
     )
     return Stream(
         source,
@@ -175,8 +208,12 @@ def _stream(source: TextStream, recipe: Recipe, reading: _Reading) -> Stream:
         packing=options.packing,
         buffer=options.shuffle_buffer,
         seed=recipe.train.seed,
-        drop_invalid=isinstance(options, ColumnOptions) and options.drop_invalid_rows,
     )
+
+
+def _drops(options: DataOptions) -> bool | None:
+    """``drop_invalid_rows``; None of a source that does not have it."""
+    return options.drop_invalid_rows if isinstance(options, ColumnOptions) else None
 
 
 def _labelled(recipe: Recipe, reading: _Reading, trained: Path | None) -> Data:

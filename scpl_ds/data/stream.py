@@ -20,8 +20,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from scpl_ds.data._base import TextStream
-from scpl_ds.data._texts import why_not
-from scpl_ds.data.language import ForeignTokens, Piece, RowWriter, lay_out
+from scpl_ds.data.language import Piece, RowWriter, lay_out
 from scpl_ds.data.loader import Batch, ahead_of, permutation
 from scpl_ds.errors import DataError
 
@@ -76,11 +75,10 @@ class Stream:
 
     Args:
         source: Rows.
-        write: Row -> pieces.
+        write: Row -> pieces; it knows whether rows that are unusable are left out.
         packing: Lay pieces beside each other in rows of up to ``write.max_length`` tokens.
         buffer: Rows that are shuffled together.
         seed: Of the order.
-        drop_invalid: Leave out rows that are unusable instead of refusing them.
     """
 
     def __init__(
@@ -91,21 +89,16 @@ class Stream:
         packing: bool,
         buffer: int,
         seed: int,
-        drop_invalid: bool = False,
     ) -> None:
         self.source, self.write = source, write
         self.packing, self.buffer, self.seed = packing, buffer, seed
-        self.drop_invalid = drop_invalid
         self.dp_rank, self.dp_size = 0, 1
-        self._dropped = 0
 
     def for_rank(self, dp_rank: int, dp_size: int) -> Stream:
         """The same for one of several ranks."""
-        drop = self.drop_invalid
         found = Stream(
-            self.source, self.write, packing=self.packing, buffer=self.buffer, seed=self.seed,
-            drop_invalid=drop,
-        )  # fmt: skip
+            self.source, self.write, packing=self.packing, buffer=self.buffer, seed=self.seed
+        )
         found.dp_rank, found.dp_size = dp_rank, dp_size
         return found
 
@@ -141,26 +134,14 @@ class Stream:
                 start, pieces, tokens = None, [], 0
 
     def _pieces(self, row: _Row, *, may_drop: bool) -> list[Piece]:
-        cut = self.write.cut
-        try:
-            for name, value in row.values.items():
-                if problem := why_not(name, value):
-                    column = self.source.columns[name]
-                    raise DataError(f"{row.where}: column '{column}' {problem}.")
-            found = self.write(row.values, row.where)
-        except ForeignTokens:
-            raise
-        except DataError as error:
-            if not self.drop_invalid:
-                raise DataError(
-                    f"{error} Correct it, or leave such rows out: data.drop_invalid_rows: true."
-                ) from error
+        cut, dropped = self.write.cut, self.write.dropped
+        found = self.write(row.values, row.where, self.source.columns)
+        if (now := self.write.dropped) > dropped:
+            error = self.write.last
             if not may_drop:
                 raise DataError(f"{self.source.origin}: every row is unusable: {error}") from error
-            self._dropped += 1
-            if self._dropped == 10 ** (len(str(self._dropped)) - 1):  # 1, 10, 100 ...
-                log.warning("%d rows left out so far, the last: %s", self._dropped, error)
-            return []
+            if now == 10 ** (len(str(now)) - 1):  # 1, 10, 100 ...
+                log.warning("%d rows left out so far, the last: %s", now, error)
         if cut == 0 < self.write.cut:
             log.warning(
                 "%s is longer than data.max_length %d tokens and was cut, as will be others.",

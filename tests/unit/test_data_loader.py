@@ -221,6 +221,11 @@ def test_a_position_of_other_data_or_another_seed_is_refused():
         loader(10).restore({**position, "consumed": 11})
 
 
+def test_a_position_of_a_stream_is_refused():
+    with pytest.raises(DataError, match=r"written with data\.streaming: .*the same data section"):
+        loader(10).restore({"lanes": [{"epoch": 0}], "seed": 0})
+
+
 def test_an_empty_data_set_or_a_stream_is_refused():
     with pytest.raises(DataError, match="empty"):
         loader(0, train=False)

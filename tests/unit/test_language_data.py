@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,15 @@ from scpl_ds.data.language import (
     IGNORED,
     LanguageCollator,
     LanguageDataset,
+    RowWriter,
     packed,
     targets_of,
     tokenize_texts,
 )
 from scpl_ds.data.plain import PlainTextOptions, PlainTextSource
+from scpl_ds.data.prepared import read
 from scpl_ds.errors import DataError
+from scpl_ds.recipe import recipe_from_mapping
 from tests.support import tiny_lm
 
 TOKENIZER = tiny_lm.tokenizer()
@@ -80,6 +84,14 @@ def test_a_template_that_rewrites_what_was_said_is_refused():
         tokenize_texts(texts("messages", [{"messages": turns}]), "train", tokenizer, max_length=64)
 
 
+def test_a_conversation_that_the_assistant_begins_is_refused_with_the_way_out():
+    turns = [{"role": r, "content": "x"} for r in ("assistant", "user", "assistant")]
+    with pytest.raises(DataError, match=r"line 1: .* begins with the assistant.*completion_only"):
+        tokenized("messages", [{"messages": turns}])
+    whole = tokenized("messages", [{"messages": turns}], completion_only=False)
+    assert TOKENIZER.decode(whole[0]["input_ids"]).startswith("[assistant]x")
+
+
 def test_a_tokenizer_without_a_template_is_refused():
     tokenizer = tiny_lm.tokenizer()
     tokenizer.chat_template = None
@@ -99,6 +111,102 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
     row = {"prompt": "p" * 70, "completion": "c"}
     with pytest.raises(DataError, match=r"line 1: the first 64 of 72 tokens"):
         tokenized("prompt", [row])
+
+
+def test_a_document_of_one_token_and_pieces_of_one_are_refused():
+    """Nothing of them would be learned, and the mean of no losses is no number."""
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"line 2 gives one token only"):
+        rows = [{"text": "ab"}, {"text": "a"}]
+        tokenize_texts(texts("text", rows), "train", tokenizer, max_length=8)
+    with pytest.raises(DataError, match=r"data\.max_length: 1 .*at least 2"):
+        tokenized("text", [{"text": "ab"}], max_length=1)
+
+
+def test_rows_of_which_nothing_can_be_learned_are_left_out_when_asked(caplog):
+    rows = [{"prompt": "p" * n, "completion": "c"} for n in (3, 70, 4, 80)]
+    with pytest.raises(DataError, match=r"line 2: .* data\.drop_invalid_rows: true"):
+        tokenized("prompt", rows, drop_invalid=False)
+    assert list(tokenized("prompt", rows, drop_invalid=True).lengths) == [5, 6]
+    assert [r.getMessage()[:30] for r in caplog.records] == ["2 of 4 rows left out (data.dro"]
+    with pytest.raises(DataError, match=r"a\.jsonl: every row is unusable: .*line 2"):
+        tokenized("prompt", rows[1::2], drop_invalid=True)
+
+
+def test_a_recipe_leaves_out_rows_in_memory_as_in_a_stream(tmp_path: Path):
+    tiny_lm.save(tmp_path)
+    rows = [{"p": "p" * n, "c": "c"} for n in (3, 70, 4, 80)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "name": "jsonl", "train": str(tmp_path / "a.jsonl"), "prompt_column": "p",
+        "completion_column": "c", "max_length": 64, "drop_invalid_rows": True,
+    }  # fmt: skip
+    recipe = recipe_from_mapping(
+        {
+            "model": {"name_or_path": str(tmp_path), "task": "causal-lm"},
+            "scpl": {"stages": 2},
+            "deepspeed": {"train_micro_batch_size_per_gpu": 1},
+            "data": data,
+        }
+    )
+    found = read(recipe, None)
+    assert found.facts.num_train == 2
+
+
+def test_what_is_held_of_a_token_before_it_is_laid_out_is_a_few_bytes():
+    """Python's lists of integers took 60."""
+    long = Dataset.from_list([{"text": "abcdefgh" * 10_000, "row": 1}])
+    write = RowWriter("text", TOKENIZER, 512)
+    (row,) = long
+    (first, *others) = write(row, "here")  # pyright: ignore[reportArgumentType]
+    assert first.ids.dtype == np.int32 and first.ids.base is others[0].ids.base
+    assert np.shares_memory(first.ids, first.labels)
+
+
+KEYS = (
+    "{% for m in messages %}{{ m.keys() | list | sort | join(',') }}:{{ m['content'] }}{{ m.n }}|"
+    "{% endfor %}{% if add_generation_prompt %}{% endif %}"
+)
+SPOKEN: list[Any] = [
+    [{"role": "user", "content": "Hi", "n": 1}, {"role": "assistant", "content": "Ho"}],
+    [
+        {"role": "user", "content": "a", "n": "one"},  # Arrow refuses a column of both
+        {"role": "assistant", "content": "b", "tool_calls": [{"f": {"x": 1}}], "name": None},
+    ],
+]
+
+
+@pytest.mark.parametrize("name", ["jsonl", "parquet"])
+def test_messages_are_trained_on_as_they_were_read_in_memory_and_streaming(
+    tmp_path: Path, name: str
+):
+    path = tmp_path / f"a.{name}"
+    talks = SPOKEN if name == "jsonl" else [SPOKEN[1], [{**SPOKEN[0][0], "n": "1"}, SPOKEN[0][1]]]
+    if name == "jsonl":
+        path.write_text("".join(json.dumps({"m": talk}) + "\n" for talk in talks))
+    else:
+        Dataset.from_dict({"m": talks}).to_parquet(path)
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template = KEYS
+    options = FileOptions(train_file=path, messages_column="m")
+    whole = tokenize_texts(
+        FileSource(options, name=name).load_texts(), "train", tokenizer, max_length=256
+    )
+    in_memory = [tokenizer.decode(whole[n]["input_ids"]) for n in range(2)]
+    streaming = options.model_copy(update={"streaming": True})
+    stream = FileSource(streaming, name=name).stream_texts().train
+    assert stream is not None
+    write = RowWriter("messages", tokenizer, 256)
+    streamed = [
+        tokenizer.decode(piece.ids)
+        for row in stream.rows
+        for piece in write({"messages": row["m"]}, "here", stream.columns)
+    ]
+    assert in_memory == streamed
+    short, long = ("content,n,role:Hi1|content,role:Ho|", "content,n,role:aone|content,role,to")
+    wanted = (short, long) if name == "jsonl" else (long, short)
+    assert all(text.startswith(said) for text, said in zip(in_memory, wanted, strict=True))
 
 
 def test_packing_fills_rows_and_keeps_every_piece_whole():
