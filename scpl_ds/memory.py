@@ -38,6 +38,7 @@ from scpl_ds.sharding._footprint import (
     Setting,
     StageSize,
     computes_in,
+    frozen,
 )
 from scpl_ds.stage import LocalStage, as_body
 from scpl_ds.stage_build import rests
@@ -336,7 +337,7 @@ def footprint(sharding: str, size: StageSize, setting: Setting) -> Layout:
             f"scpl.sharding '{sharding}' does not say how much memory it needs. Give the class a "
             "static method footprint(size, setting), as in scpl_ds/sharding/_footprint.py."
         )
-    return formula(size, setting)
+    return formula(size, setting) if size.trained else frozen(size)
 
 
 def _watch(

@@ -119,3 +119,18 @@ def test_the_plan_counts_a_resting_stage_as_the_run_builds_it(tmp_path: Path) ->
     recipe = asked(tmp_path, **changes)
     ranks = predict(Workload.of(recipe, cut_model(recipe), "cpu"), pipeline_ranks=4, dp_size=1)
     assert [rank.optimizer > 0 for rank in ranks] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "deepspeed"])
+def test_the_plan_counts_a_resting_stage_whole_on_every_rank(sharding: str, tmp_path: Path) -> None:
+    changes = {
+        **FIRST_ONLY,
+        "scpl.objective": WITHOUT_HEAD,
+        "scpl.sharding": sharding,
+        "deepspeed.zero_optimization": {"stage": 3},
+    }
+    recipe = asked(tmp_path, **changes)
+    work = Workload.of(recipe, cut_model(recipe), "cpu")
+    one, eight = (predict(work, pipeline_ranks=4, dp_size=dp) for dp in (1, 8))
+    assert eight[0].parameters < one[0].parameters / 4
+    assert eight[1].parameters == one[1].parameters
