@@ -19,6 +19,7 @@ from scpl_ds.build_checks import (
     make_objective,
     nothing_to_train,
     refuse_half,
+    refuse_idle,
     refuse_rates,
     refuse_rest,
     refuse_untied,
@@ -47,7 +48,8 @@ from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
 from scpl_ds.recipe import ScplSection, check_world, recipe_from_ds_config
 from scpl_ds.sharding._base import DTYPES
-from scpl_ds.stage import Stage, StageBody, as_body, build_stage
+from scpl_ds.stage import Stage, StageBody, as_body
+from scpl_ds.stage_build import build_stage
 
 log = logging.getLogger(__name__)
 
@@ -271,6 +273,7 @@ def initialize(
         num_labels=num_labels, seed=seed, make_optimizer=optimizer, lr_at=lr_at,
         matrices=pipeline.matrices,
     )  # fmt: skip
+    refuse_idle(engine.stages, mesh)
     if isinstance(pipeline.layers, PreTrainedModel):
         engine.set_batch_fn(as_named_inputs)
     loader = None
@@ -346,14 +349,13 @@ def build_engine(
         refuse_half(body, backend.weights_dtype(own))
         if scpl.method != "scpl":  # polish goes on with copies that are no longer equal
             refuse_untied(body, k)
-            refuse_rest(body, plan, k)
         make = functools.partial(make_objective, scpl, num_labels, lent)
         ahead = None
         if (reach := scpl.reach(k, body.end, plan.bounds[-1])) > body.end:
             if make_span is None:
                 raise RecipeError("scpl.lookahead: needs a recipe, which knows where layers lie.")
             ahead = make_span(body.end, reach, k)
-        return build_stage(
+        made = build_stage(
             k,
             body,
             make_objective=make if scpl.has_objective(k) else None,
@@ -367,6 +369,9 @@ def build_engine(
             device=device,
             seed=seed,
         )
+        if backprop is not None:
+            refuse_rest(made.module, plan, k)
+        return made
 
     return Engine(
         [stage(k) for k in stages_of_rank(plan.num_stages, mesh.pp_size)[mesh.pp_rank]],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from scpl_ds.distributed.collectives import gather_objects
+from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_backprop import Backprop
 from scpl_ds.errors import PartitionError, RecipeError
@@ -14,7 +16,8 @@ from scpl_ds.optim import lr_schedule, needs_total_steps
 from scpl_ds.partition.matrices import Matrices
 from scpl_ds.partition.plan import PartitionPlan
 from scpl_ds.recipe import ScplSection, TrainSection
-from scpl_ds.stage import StageBody
+from scpl_ds.stage import LocalStage, Stage
+from scpl_ds.stage_build import FrozenStage, rests, span_text
 
 
 def backprop_of(
@@ -82,13 +85,27 @@ def refuse_untied(body: Any, k: int) -> None:
         )
 
 
-def refuse_rest(body: StageBody, plan: PartitionPlan, k: int) -> None:
+def refuse_rest(module: LocalStage, plan: PartitionPlan, k: int) -> None:
     """Refuse backpropagation over a stage of frozen weights and no adapters.
 
     Local losses need nothing of such a stage but its outputs.
     """
-    if body.kept is not None and not body.kept:
+    if rests(module):
         raise PartitionError(nothing_to_train(plan, k))
+
+
+def refuse_idle(stages: Sequence[Stage], mesh: Mesh) -> None:
+    """Refuse a run of a model with adapters of which no stage trains; all ranks call it."""
+    if all(stage.module.body.kept is None for stage in stages):
+        return
+    own = [(stage.index, isinstance(stage, FrozenStage)) for stage in stages]
+    idle = dict(one for part in gather_objects(mesh, own) for one in part)
+    if all(idle.values()):
+        raise PartitionError(
+            f"none of the {len(idle)} stages has anything to train: each is frozen "
+            "(scpl.freeze_stages), or has neither an adapter nor a local head with weights. Give "
+            "adapters to layers of other stages (model.lora.target_modules), or freeze fewer."
+        )
 
 
 def refuse_rates(scpl: ScplSection) -> None:
@@ -106,12 +123,10 @@ def refuse_rates(scpl: ScplSection) -> None:
 
 
 def nothing_to_train(plan: PartitionPlan, k: int) -> str:
-    start, end = plan.span(k)
-    layers = f"layer {start}" if end - start == 1 else f"layers {start} to {end - 1}"
     return (
-        f"stage {k} ({layers}) has nothing to train: its layers are frozen or have no parameters, "
-        "and it has no local head with weights. Unfreeze some of them, move the cut "
-        "(scpl.partition), or use fewer stages (scpl.stages)."
+        f"stage {k} ({span_text(*plan.span(k))}) has nothing to train: its layers are frozen or "
+        "have no parameters, and it has no local head with weights. Unfreeze some of them, move "
+        "the cut (scpl.partition), or use fewer stages (scpl.stages)."
     )
 
 

@@ -24,6 +24,7 @@ from scpl_ds.partition.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     export_adapter,
+    is_adapter,
     load_adapted,
 )
 
@@ -104,6 +105,7 @@ def export_checkpoint(folder: Path, out: Path, *, task: str, merge: bool = False
             "`scpl-ds train` have one; after engine.save_checkpoint pass model_files=."
         )
     adapted = (source / ADAPTER_CONFIG).is_file()
+    _check_kind(reader, source / ADAPTER_CONFIG)
     if merge and not adapted:
         raise RecipeError(
             f"export --merge: {folder} has no {MODEL_FILES}/{ADAPTER_CONFIG}, so it is of a run "
@@ -125,6 +127,25 @@ def export_checkpoint(folder: Path, out: Path, *, task: str, merge: bool = False
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
+
+
+def _check_kind(reader: Reader, config: Path) -> None:
+    """Refuse adapters without the file that says of what, and the file without adapters."""
+    names = [name for name in reader.names() if not name.startswith(HEAD_PREFIX)]
+    parts = [name for name in names if is_adapter(name)]
+    if parts and not config.is_file():
+        raise CheckpointError(
+            f"{reader.folder} holds adapters ({len(parts)} of {len(names)} tensors, as "
+            f"'{parts[0]}') but no {MODEL_FILES}/{ADAPTER_CONFIG}, so it cannot be exported. Write "
+            "it with PeftModel.save_pretrained into the folder that engine.save_checkpoint gets as "
+            f"model_files=, or put it into {config.parent}."
+        )
+    if config.is_file() and not parts:
+        raise CheckpointError(
+            f"{reader.folder} has {MODEL_FILES}/{ADAPTER_CONFIG}, but none of its {len(names)} "
+            "tensors is of an adapter, so it cannot be exported as one. If it is a whole model, "
+            f"remove {config}."
+        )
 
 
 def _write_model(reader: Reader, out: Path, task: str) -> None:

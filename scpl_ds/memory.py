@@ -30,7 +30,7 @@ from scpl_ds.partition.lora import Adapters
 from scpl_ds.partition.matrices import shapes_of
 from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.recipe import Recipe, ScplSection
-from scpl_ds.sharding._base import DTYPES, trainable
+from scpl_ds.sharding._base import DTYPES
 from scpl_ds.sharding._footprint import (
     FOOTPRINTS,
     Footprint,
@@ -38,8 +38,10 @@ from scpl_ds.sharding._footprint import (
     Setting,
     StageSize,
     computes_in,
+    frozen,
 )
 from scpl_ds.stage import LocalStage, as_body
+from scpl_ds.stage_build import rests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +249,7 @@ class Prediction:
         if objective is not None:
             for parameter in objective.parameters():  # buffers keep their type: queues are fp32
                 parameter.data = parameter.data.to(dtype)
-        if body.kept is not None and not trainable(stage):
+        if rests(stage):
             frozen, stage.objective = True, None  # as build_stage does
         if frozen:
             stage.requires_grad_(False)
@@ -335,7 +337,7 @@ def footprint(sharding: str, size: StageSize, setting: Setting) -> Layout:
             f"scpl.sharding '{sharding}' does not say how much memory it needs. Give the class a "
             "static method footprint(size, setting), as in scpl_ds/sharding/_footprint.py."
         )
-    return formula(size, setting)
+    return formula(size, setting) if size.trained else frozen(size)
 
 
 def _watch(

@@ -230,7 +230,7 @@ def make_engine(
         matrices=lambda names: matrices_of_stages(
             lambda start, end: load_stage(
                 model.path, recipe.model.task, model.anatomy, start, end,
-                config=model.config, seed=seed, **extra,
+                config=model.config, seed=seed, only_read=True, **extra,
             ),
             model.anatomy,
             names,

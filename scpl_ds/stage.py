@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from scpl_ds.batch import MicroBatch
 from scpl_ds.checkpoint import Reader, Writer
-from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.distributed.rows import row_gatherer
-from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import DataError
 from scpl_ds.objectives._base import Objective, StageView
 from scpl_ds.objectives._probe import Probe
 from scpl_ds.objectives._targets import task_loss
 from scpl_ds.optim import OptimizerState
 from scpl_ds.partition.stage_module import StageOutput
-from scpl_ds.sharding._base import MakeOptimizer, StageBackend, trainable
-from scpl_ds.sharding._frozen import FrozenBackend
+from scpl_ds.sharding._base import StageBackend
 
 log = logging.getLogger(__name__)
 DetachFeatures = bool | Literal["both"]
@@ -243,6 +239,10 @@ class Stage:
         metrics = self.backend.step(lr, clip_to=clip_to)
         if self.module.objective is not None:
             self.module.objective.commit_step()
+        self.close_step(metrics)
+
+    def close_step(self, metrics: Mapping[str, Tensor]) -> None:
+        """Make of the counted numbers the step's, beside ``metrics`` of the step itself."""
         self.metrics = {name: total / self._count for name, total in self._sums.items()}
         self.metrics |= {name: value.detach() for name, value in metrics.items()}
         self._sums, self._count = {}, 0
@@ -331,60 +331,6 @@ def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str
 def _rename_state(state: OptimizerState, names: Mapping[str, str]) -> OptimizerState:
     moments = {key: _rename(by_name, names) for key, by_name in state.moments.items()}
     return dataclasses.replace(state, moments=moments)
-
-
-class FrozenStage(Stage):
-    """A stage that stays as it is: it has no objective, no dropout and no optimizer."""
-
-    def forward(self, batch: MicroBatch) -> MicroBatch:
-        return self.evaluate(batch)[0]
-
-    def backward(self, *, last: bool) -> None:
-        """Nothing."""
-
-    def step(self, lr: float, *, clip_to: float | None = None) -> None:
-        """Nothing."""
-
-
-def build_stage(
-    index: int,
-    body: StageBody,
-    *,
-    make_objective: Callable[[int | None], Objective] | None,
-    detach_features: DetachFeatures,
-    make_optimizer: MakeOptimizer,
-    backend: type[StageBackend],
-    section: DeepSpeedSection,
-    mesh: Mesh,
-    device: torch.device,
-    seed: int,
-    frozen: bool = False,
-    ahead: StageBody | None = None,
-) -> Stage:
-    """Put a stage together on ``device``.
-
-    The local head is drawn from (seed, last layer of the stage) alone, so it does not depend on how
-    many stages this process builds.
-
-    Args:
-        make_objective: From the width of the hidden states; None: the stage has no objective.
-        frozen: It is not trained at all; nor is a stage beside whose frozen weights there is no
-            adapter and no local head with weights.
-        ahead: Copies of the next layers, for the local loss.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed * 1_000_003 + body.end) % 2**63)
-        objective = None if make_objective is None else make_objective(body.hidden_size)
-        module = LocalStage(body, objective, detach_features=detach_features, ahead=ahead)
-    if body.kept is not None and not trainable(module):
-        frozen, module.objective = True, None
-    if module.objective is not None:
-        module.objective.see_all_ranks(row_gatherer(mesh))
-    # Not requires_grad_(False): a tensor of the model may be shared with a stage that is trained.
-    module.train(not frozen)
-    chosen = FrozenBackend if frozen else backend
-    made = chosen(module, make_optimizer, section, mesh, device)
-    return (FrozenStage if frozen else Stage)(index, module, made, seed)
 
 
 def exits_of(batch: MicroBatch) -> dict[int, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from scpl_ds import checkpoint, export
+from scpl_ds.build_checks import refuse_idle
 from scpl_ds.data.prepared import Data, make_loaders, saved_position, whole_eval_loader
 from scpl_ds.distributed.collectives import barrier, broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
@@ -89,6 +90,7 @@ class Run:
                 recipe, self.model, mesh, device, total_steps=self.progress.total_steps
             ),
         )
+        together(mesh, lambda: refuse_idle(self.engine.stages, mesh))
         if resume is not None:
             together(mesh, lambda: self._restore(resume))
         resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()

@@ -47,6 +47,7 @@ def load_stage(
     dtype: torch.dtype | None = None,
     seed: int,
     adapters: Adapters | None = None,
+    only_read: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> StageModule:
     """Layers ``[start, end)`` of a checkpoint as a stage, in eval mode, reading only their tensors.
@@ -67,6 +68,7 @@ def load_stage(
         dtype: Of the weights; None keeps the checkpoint's.
         seed: Torch seed for weights that the checkpoint does not have.
         adapters: Trained in the place of the layers' weights, which then stay one in a tie.
+        only_read: It is not trained, so a tie that it breaks is nothing to warn of.
         **from_pretrained_kwargs: Passed on (``attn_implementation``, ``revision``, ``token`` ...).
 
     Raises:
@@ -112,9 +114,9 @@ def load_stage(
     _refuse_mismatched(path, anatomy, info["mismatched_keys"])
     drawn = _drawn(path, anatomy, start, end, model, set(info["missing_keys"]))
     drop_partners(model, anatomy, start, end)
-    if adapters is None:
+    if adapters is None and not only_read:
         warn_untied(anatomy, start, end)
-    else:
+    if adapters is not None:
         adapt(model, anatomy, adapters, drawn)
     return StageModule(model, anatomy, start, end, relay)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -43,10 +44,13 @@ class Adapters:
     """Hugging Face names of the modules, all inside of layers."""
     seed: int
 
-    def in_layers(self, anatomy: Anatomy, start: int, end: int) -> tuple[int, ...]:
-        """How many there are in each of the layers ``[start, end)``."""
-        places = [anatomy.section(name) for name in self.targets]
-        return tuple(places.count(layer) for layer in range(start, end))
+    def in_layers(self, anatomy: Anatomy, start: int, end: int) -> tuple[tuple[str, ...], ...]:
+        """Which there are in each of the layers ``[start, end)``, by their names inside of it."""
+        found: dict[int | str, list[str]] = {}
+        for name in sorted(self.targets):
+            layer = anatomy.section(name)
+            found.setdefault(layer, []).append(name.removeprefix(f"{anatomy.layers}.{layer}."))
+        return tuple(tuple(found.get(layer, ())) for layer in range(start, end))
 
 
 def plan_adapters(
@@ -65,19 +69,7 @@ def plan_adapters(
         for name, module in modules.items()
         if name.startswith(f"{anatomy.layers}.") and isinstance(module, nn.Linear | Conv1D)
     }
-    wanted = lora.target_modules
-    if wanted is None:
-        wanted = _defaults(config.model_type, linear)
-    if wanted == "all-linear":
-        named = targets = linear
-    else:
-        found = {name: {m for m in modules if _is(m, name)} for name in wanted}
-        for name, fitting in found.items():
-            if not fitting & linear:
-                raise RecipeError(_no_target(name, modules, fitting, linear, config.model_type))
-        named = set().union(*found.values())
-        targets = named & linear
-        named = set(wanted) if named == targets else targets
+    named, targets = _targets(lora.target_modules, config.model_type, modules, linear)
     made = peft.LoraConfig(
         task_type=_TASK_TYPES[task],
         r=lora.r,
@@ -140,7 +132,7 @@ def without_wrapper(model: Any) -> Any:
     """The Hugging Face model with adapters that is inside a ``PeftModel``; others as they are.
 
     Raises:
-        RecipeError: It is not LoRA as such, or has several adapters.
+        RecipeError: It is not LoRA as such, has several adapters, or was loaded not to be trained.
     """
     configs = getattr(model, "peft_config", None)
     if configs is None:
@@ -150,6 +142,12 @@ def without_wrapper(model: Any) -> Any:
         raise RecipeError(
             f"the model has the PEFT adapters {facts}; stages train one LoRA adapter with the name "
             f"'{_NAME}', without DoRA. Use get_peft_model(model, LoraConfig(...))."
+        )
+    if not any(p.requires_grad for name, p in model.named_parameters() if is_adapter(name)):
+        raise RecipeError(
+            "the model has a LoRA adapter of which nothing is trained: no lora_ parameter requires "
+            "a gradient. PeftModel.from_pretrained(...) loads it so unless it is given "
+            "is_trainable=True."
         )
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
@@ -185,17 +183,25 @@ def save_config(
     made.save_pretrained(str(folder))
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a tensor is of an adapter, by its name in a checkpoint."""
+    return ".lora_" in name
+
+
 def export_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a checkpoint under the names that ``adapter_model.safetensors`` has."""
     exported = {}
     for name, tensor in tensors.items():
         plain = name.replace(f".modules_to_save.{_NAME}.", ".").replace(f".{_NAME}.", ".")
+        plain = plain.removesuffix(f".{_NAME}")  # of an embedding's: they are no modules
         exported[f"base_model.model.{plain}"] = tensor.contiguous()
     return exported
 
 
 def load_adapted(folder: Path, task: str, config: PretrainedConfig, *, merge: bool = False) -> Any:
-    """The base model of an adapter with the adapter in it, or in fp32 and added to its weights.
+    """The base model of an adapter with the adapter in it, or added to its weights.
+
+    In fp32, in which adapter and head were trained, whatever the base checkpoint has.
 
     Raises:
         CheckpointError: The base model is not where it was.
@@ -208,7 +214,7 @@ def load_adapted(folder: Path, task: str, config: PretrainedConfig, *, merge: bo
                 about.base_model_name_or_path,
                 config=config,
                 revision=about.revision or "main",
-                dtype=torch.float32 if merge else "auto",
+                dtype=torch.float32,
             )
     except OSError as error:
         raise CheckpointError(
@@ -256,7 +262,38 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _defaults(model_type: str, linear: Collection[str]) -> list[str]:
+def _targets(
+    wanted: str | Collection[str] | None,
+    model_type: str,
+    modules: Mapping[str, nn.Module],
+    linear: set[str],
+) -> tuple[set[str], set[str]]:
+    """What ``LoraConfig.target_modules`` says, and the modules that it means."""
+    whose = ""
+    if wanted is None:
+        wanted, whose = _default(model_type, linear), f"peft's default for '{model_type}', "
+    if isinstance(wanted, str):
+        found = linear
+        if wanted != "all-linear":  # as peft reads a string: an expression for the whole name
+            found = {name for name in linear if re.fullmatch(wanted, name)}
+        if not found:
+            raise RecipeError(
+                f"model.lora.target_modules: {whose}'{wanted}', fits no linear module of "
+                f"'{model_type}'. Its linear modules are {_last_parts(linear)}; name some of them, "
+                "or all-linear."
+            )
+        return found, found
+    fitting = {name: {m for m in modules if _is(m, name)} for name in wanted}
+    for name, some in fitting.items():
+        if not some & linear:
+            raise RecipeError(_no_target(whose, name, modules, some, linear, model_type))
+    every = set().union(*fitting.values())
+    targets = every & linear
+    return (set(wanted) if every == targets else targets), targets
+
+
+def _default(model_type: str, linear: Collection[str]) -> str | list[str]:
+    """peft's for an architecture: ends of names, or an expression."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     if model_type not in KNOWN:
@@ -264,17 +301,19 @@ def _defaults(model_type: str, linear: Collection[str]) -> list[str]:
             f"model.lora.target_modules: peft knows no default for '{model_type}'. Its linear "
             f"modules are {_last_parts(linear)}; name some of them, or all-linear."
         )
-    return list(KNOWN[model_type])
+    found: Any = KNOWN[model_type]
+    return found if isinstance(found, str) else list(found)
 
 
 def _no_target(
+    whose: str,
     name: str,
     modules: Mapping[str, nn.Module],
     fitting: Collection[str],
     linear: Collection[str],
     model_type: str,
 ) -> str:
-    start = f"model.lora.target_modules: '{name}' "
+    start = f"model.lora.target_modules: {whose}'{name}'{',' if whose else ''} "
     if fitting:
         first = min(fitting)
         why = (

@@ -230,10 +230,13 @@ class StageModule(nn.Module):
         self.hidden_size = anatomy.hidden_size
         self.kept = kept_names(model)
         """Names of what a checkpoint holds; None: of everything."""
-        ties = anatomy.crossing_ties(start, end) if self.kept is None else {}
-        self.untied = tuple(f"{t} from {s}" for t, s in ties.items())
+        self.untied = tuple(
+            f"{target} from {source}"
+            for target, source in anatomy.crossing_ties(start, end).items()
+            if self.kept is None or self.kept & {target, source}
+        )
         """Weights that are one in the whole model, with an end on this stage and one on another;
-        beside adapters they are frozen, and stay one."""
+        beside adapters most are frozen, and stay one."""
         self._relay = relay
         self._layers, self._last_layer = anatomy.layers, f"{anatomy.layers}.{end - 1}"
         self._use_cache_off = use_cache_off(model)
@@ -339,7 +342,7 @@ def stage_from_model(model: PreTrainedModel, anatomy: Anatomy, start: int, end: 
         PartitionError: ``[start, end)`` is not a range of the model's layers.
     """
     stage = _share(model, anatomy, start, end)
-    if stage.kept is None:
+    if stage.untied:
         warn_untied(anatomy, start, end)
     return stage
 

@@ -103,6 +103,12 @@ def none(size: StageSize, setting: Setting) -> Layout:
     return _whole(size, setting, message=message)
 
 
+def frozen(size: StageSize) -> Layout:
+    """Of a stage that is not trained: whole and in fp32 on every rank, whatever the backend."""
+    own = FP32 * size.parameters + size.buffers
+    return Layout(own, 0, 0, host=0, gradients=0, messages=0, working=size.activations)
+
+
 def ddp(size: StageSize, setting: Setting) -> Layout:
     """Everything whole on every rank; gradients live in the messages, which are never freed."""
     alone = _whole(size, setting, message=0)

@@ -82,7 +82,7 @@ IDS = {"input_ids": torch.arange(4, 40).view(3, 12), "attention_mask": torch.one
 
 
 @torch.no_grad()
-def of_stages(run: Recipe) -> Tensor:
+def of_stages(run: Recipe, **options: Any) -> Tensor:
     """Logits of the run's stages, one after the other."""
     model = cut_model(run)
     tensors = {name.partition("/")[2]: tensor for name, tensor in saved(run).items()}
@@ -91,6 +91,7 @@ def of_stages(run: Recipe) -> Tensor:
         stage = load_stage(
             model.path, run.model.task, model.anatomy, *span,
             config=AutoConfig.from_pretrained(run.export_dir), seed=1, adapters=model.adapters,
+            **options,
         )  # fmt: skip
         own = {name: tensors[name] for name in stage.kept or ()}
         stage.model.load_state_dict(own, strict=False)
