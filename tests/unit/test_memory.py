@@ -58,7 +58,7 @@ def workload(
     }
     scpl, section = recipe_from_ds_config(config, stages=None)
     model, anatomy = anatomy_with(layers)
-    plan = plan_stages(anatomy, scpl, num_labels=3)
+    plan = plan_stages(anatomy, scpl, model)
     return Workload(model, TASK, anatomy, plan, scpl, section, sequence_length=32)
 
 
@@ -236,7 +236,7 @@ def test_a_model_without_sdpa_is_predicted_with_eager_attention():
         vocab_size=500, n_embd=64, n_layer=4, n_head=4, rotary_dim=8, num_labels=3, pad_token_id=0
     )
     anatomy, base = anatomy_of(config, TASK), workload()
-    plan = plan_stages(anatomy, base.scpl, num_labels=3)
+    plan = plan_stages(anatomy, base.scpl, config)
     work = dataclasses.replace(
         base, config=config, anatomy=anatomy, plan=plan, attn_implementation="flash_attention_2"
     )
@@ -336,7 +336,7 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured(stages: int):
     scpl, section = recipe_from_ds_config(ds, stages=None)
     config = BertConfig(**shape)
     anatomy = anatomy_of(config, TASK)
-    plan = plan_stages(anatomy, scpl, num_labels=3)
+    plan = plan_stages(anatomy, scpl, config)
     work = Workload(config, TASK, anatomy, plan, scpl, section, sequence_length=128)
     memory = one(work)
     gc.collect()
