@@ -87,8 +87,7 @@ def fingerprint_of(recipe: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> s
         recipe: ``Recipe.to_mapping()``.
         deepspeed: Its ``deepspeed`` section with every ``"auto"`` and ``train`` value filled in.
     """
-    parts = what_counts(recipe)
-    parts["deepspeed"] = dict(deepspeed)
+    parts = what_counts({**recipe, "deepspeed": deepspeed})
     parts["scpl"]["objective"] = _as_computed(parts["scpl"]["objective"])
     for fill in FILLS.values():
         for key in fill.train_keys:  # already in parts["deepspeed"]

@@ -70,6 +70,7 @@ class EmulatedBody(nn.Module):
         self.is_first = start == 0
         self.is_last = local_loss or end == num_layers
         """A stage that brings its loss along needs no local objective, as the last one."""
+        self.kept = None
         self._lengths = lengths
         self.shift = nn.Parameter(torch.zeros(hidden_size))
 

@@ -33,7 +33,7 @@ from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.errors import CheckpointError, DataError, RecipeError
 from scpl_ds.partition.anatomy import anatomy_of
-from scpl_ds.partition.config import load_config
+from scpl_ds.partition.config import load_config, refuse_encoder
 from scpl_ds.partition.packing import keeps_documents_apart
 from scpl_ds.partition.plan import LayerTimes
 from scpl_ds.recipe import Recipe
@@ -105,6 +105,8 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
         revision=model.revision,
     )
     config = load_config(resolve_model_path(model.name_or_path), revision=model.revision)
+    if model.task == "causal-lm":
+        refuse_encoder(config, model.name_or_path)
     # With the attention too, so that one that is not there is refused before minutes of tokenising.
     attention = model.attn_implementation
     reading = _Reading(

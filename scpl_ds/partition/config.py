@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from scpl_ds.errors import PartitionError
 from scpl_ds.partition._hf import one_line
@@ -87,6 +88,23 @@ def _train_on_classes(config: PretrainedConfig, name: str) -> None:
             name, before,
         )  # fmt: skip
     config.problem_type = SINGLE_LABEL
+
+
+def refuse_encoder(config: PretrainedConfig, name_or_path: str) -> None:
+    """Refuse to train as a language model what sees the tokens it is to predict.
+
+    Raises:
+        PartitionError: The architecture has a masked-language-model head too, and its config does
+            not say ``is_decoder``, without which it attends in both directions.
+    """
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        raise PartitionError(
+            f"model.task: causal-lm: '{name_or_path}' ('{config.model_type}') reads a text in both "
+            "directions, so every position would see the token it is to predict. Use a decoder "
+            "(GPT-2, Llama, Qwen, ...), model.task: sequence-classification, or a config with "
+            "is_decoder: true."
+        )
 
 
 def generation_config(name_or_path: str, *, revision: str | None = None) -> GenerationConfig | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import scpl_ds.setup
+import scpl_ds.data.prepared
 from scpl_ds.cli import main
 from tests.support import tiny
 from tests.support.tiny import put
@@ -73,13 +73,13 @@ def test_eval_does_not_tokenise_what_was_trained_on(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     sizes = []
-    tokenize = scpl_ds.setup.tokenize
+    tokenize = scpl_ds.data.prepared.tokenize
 
     def spy(split: Any, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(split))
         return tokenize(split, *args, **kwargs)
 
-    monkeypatch.setattr(scpl_ds.setup, "tokenize", spy)
+    monkeypatch.setattr(scpl_ds.data.prepared, "tokenize", spy)
     scored([str(run)], capsys)
     assert sizes == [21]
 

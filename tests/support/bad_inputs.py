@@ -168,8 +168,8 @@ CASES = [
         {"deepspeed.dataloader_drop_last": False},
     ),
     Case(
-        "causal-lm",
-        ("model.task: 'causal-lm'", "Use sequence-classification"),
+        "an-encoder-as-language-model",
+        ("model.task: causal-lm", "in both directions"),
         {"model.task": "causal-lm"},
     ),
     Case(
