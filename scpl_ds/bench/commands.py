@@ -114,11 +114,16 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", type=_names, default=("bp", "default", "early_exit", "associated", "freeze"),
         metavar="A,B", help="bp, joint, freeze (the last stage only is trained), default (what a "
-        "recipe gets that names no objective), names of objectives, and names of --variants; "
+        "recipe gets that names no objective), untrained (the model as it came), names of "
+        "objectives, and names of --variants; "
         "default: bp,default,early_exit,associated,freeze",
     )  # fmt: skip
     parser.add_argument(
-        "--stages", type=_counts, default=(2,), metavar="K,...", help="default: 2; bp has none"
+        "--stages",
+        type=_counts,
+        default=(2,),
+        metavar="K,...",
+        help="default: 2; bp and untrained have none",
     )
     parser.add_argument("--seeds", type=_count, default=3, help="how many; default: %(default)s")
     parser.add_argument(
@@ -132,6 +137,10 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", type=Path, default=None, metavar="FILE",
         help="YAML: name -> keys of a recipe's scpl section",
+    )  # fmt: skip
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=(), metavar="FILE",
+        help="plain texts that no method learns from: each language model's perplexity on them",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=_count, default=None,

@@ -37,6 +37,8 @@ _OF_A_METHOD = (
     "method", "objective", "head", "freeze_stages", "polish", "lookahead", "schedule",
 )  # fmt: skip
 """Keys of the recipe's ``scpl`` section that a method says itself; the recipe's play no part."""
+_ONE_STAGE = ("bp", "untrained")
+"""Methods that are run once, whatever the numbers of stages."""
 _NO_METHOD = ("sum", "reconstruction")
 """Objectives that are no method by themselves."""
 
@@ -63,6 +65,7 @@ def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
         learning_rates=args.learning_rates,
         validation=args.validation,
         variants={} if args.variants is None else read_mapping(args.variants),
+        also=args.also,
         jobs=args.jobs,
         before=before,
         on_figures=save,
@@ -81,6 +84,7 @@ def run(
     learning_rates: Sequence[float] | None = None,
     validation: float = 0.1,
     variants: Mapping[str, Mapping[str, Any]] | None = None,
+    also: Sequence[Path] = (),
     jobs: int | None = None,
     before: Mapping[str, Any] | None = None,
     on_figures: Callable[[Any], None] | None = None,
@@ -90,13 +94,15 @@ def run(
     Args:
         recipe: Model, data, optimizer, length of the training. Its stages, method, objective,
             sharding, trackers and folders play no part.
-        methods: Names: ``bp``, ``joint``, ``freeze``, ``default``, objectives, variants.
-        stages: Numbers of stages; ``bp`` is trained once, with one.
+        methods: Names: ``bp``, ``joint``, ``freeze``, ``default``, ``untrained``, objectives,
+            variants.
+        stages: Numbers of stages; ``bp`` and ``untrained`` are run once, with one.
         seeds: How many, counted on from ``train.seed``.
         learning_rates: To be tried with the first seed for every method and number of stages; the
             best on the validation data is kept. None: the recipe's own.
         validation: Share of the training data that is held out.
         variants: Name -> keys of the ``scpl`` section.
+        also: Plain texts that language models are scored on besides.
         jobs: Trainings at a time.
         before: What an earlier call returned: its trainings are not repeated.
         on_figures: Called with everything so far after each training.
@@ -116,11 +122,14 @@ def run(
             f"--learning-rates: deepspeed.scheduler.params.warmup_max_lr: {_peak(recipe)} is what "
             'every training would have. Write "auto" there, or leave the scheduler out.'
         )
+    also = [path.expanduser().absolute() for path in also]
+    _refuse_texts(recipe, also)
     first = recipe.train.seed
     settings = {
         "recipe": _without_run(recipe),
         "validation": validation,
         "variants": {name: dict(keys) for name, keys in variants.items() if name in scpl_of},
+        "also": [str(path) for path in also],
     }
     done = _earlier(before, settings)
     settings["variants"] = {**_variants(before), **settings["variants"]}
@@ -135,14 +144,18 @@ def run(
 
     def cells() -> Iterable[tuple[str, int]]:
         for name in scpl_of:
-            yield from [(name, 1)] if name == "bp" else [(name, k) for k in stages]
+            yield from [(name, 1)] if name in _ONE_STAGE else [(name, k) for k in stages]
 
     def work(trials: Sequence[Trial]) -> None:
         wanted = [trial for trial in trials if trial not in done]
         functions = []
         for trial in wanted:
             own = recipe_of(recipe, trial, scpl_of[trial.method])
-            functions.append(functools.partial(_one, own, validation, max(1, cores // jobs)))
+            untrained = trial.method == "untrained"
+            score = functools.partial(
+                train_and_score, own, validation, also=also, untrained=untrained
+            )
+            functions.append(functools.partial(_one, score, max(1, cores // jobs)))
         for number, result in in_forks(functions, jobs=jobs):
             trial = wanted[number]
             row: Row = trial._asdict()
@@ -153,7 +166,10 @@ def run(
             if on_figures is not None:
                 on_figures(figures)
 
-    work([Trial(name, k, first, rate) for name, k in cells() for rate in rates])
+    def rates_of(name: str) -> list[float]:
+        return rates[:1] if name == "untrained" else rates
+
+    work([Trial(name, k, first, rate) for name, k in cells() for rate in rates_of(name)])
     chosen: list[tuple[str, int, float]] = []
     for name, k in cells():
         tried = [row for trial, row in done.items() if trial[:3] == (name, k, first)]
@@ -207,6 +223,7 @@ def _scpl_of(method: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[
     """What a method writes into the ``scpl`` section."""
     named: dict[str, Mapping[str, Any]] = {
         "bp": {"method": "bp"},
+        "untrained": {"method": "bp"},
         "joint": {"method": "joint", "objective": "early_exit"},
         "freeze": {"freeze_stages": "all but the last"},
         "default": {},
@@ -227,13 +244,27 @@ def _scpl_of(method: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[
     return named[method]
 
 
-def _one(recipe: Recipe, validation: float, threads: int) -> Row:
+def _one(score: Callable[[], Row], threads: int) -> Row:
     # Also in the environment, where the world looks: as many threads as cores in each of several
     # trainings made them five times slower than one thread.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     logging.getLogger("scpl_ds").setLevel(logging.WARNING)
-    return train_and_score(recipe, validation)
+    return score()
+
+
+def _refuse_texts(recipe: Recipe, also: Sequence[Path]) -> None:
+    if also and recipe.model.task != "causal-lm":
+        raise RecipeError(
+            "--also: the perplexity of a text is a language model's; this recipe has model.task: "
+            f"{recipe.model.task}. Leave --also out."
+        )
+    stems = [path.stem for path in also]
+    if len(set(stems)) < len(stems):
+        raise RecipeError(f"--also: the rows name texts by their files: {stems} are not different.")
+    for path in also:
+        if not path.is_file():
+            raise RecipeError(f"--also: there is no file {path}.")
 
 
 def _without_run(recipe: Recipe) -> dict[str, Any]:
@@ -266,6 +297,8 @@ def _earlier(before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> d
     changed = [] if found.get("validation") == asked["validation"] else ["validation"]
     if what_counts(found.get("recipe", {})) != what_counts(asked["recipe"]):
         changed.insert(0, "recipe")
+    if found.get("also", []) != asked["also"]:
+        changed.append("list of further texts (--also)")
     known = _variants(before)
     for name in set(known) & set(asked["variants"]):
         if known[name] != asked["variants"][name]:

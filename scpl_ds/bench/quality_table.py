@@ -84,11 +84,10 @@ def render(rows: Sequence[Row]) -> str:
     against bp in points, or in percent of its perplexity."""
     what = _what(rows)
     speed = "tokens_per_s" if what == "perplexity" else "samples_per_s"
-    lines = [
-        f"| method | stages | test {what} | against bp | validation | learning rate | seeds "
-        f"| {speed.replace('_per_', '/')} |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    also = list(dict.fromkeys(name for row in rows for name in row.get("also_perplexity", {})))
+    heads = ["method", "stages", f"test {what}", "against bp", "validation", "learning rate"]
+    heads += ["seeds", speed.replace("_per_", "/"), *(f"{name}: perplexity" for name in also)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     by_cell = cells(rows)
     sign = 1 if what == "perplexity" else -1
     best_first = sorted(
@@ -97,12 +96,18 @@ def render(rows: Sequence[Row]) -> str:
     for cell in best_first:
         own = by_cell[cell]
         gaps = against_bp(rows, own)
-        lines.append(
-            f"| {cell[0]} | {cell[1]} | {spread(own, f'test_{what}')} "
-            f"| {_spread(gaps, '+.2f', 100) if gaps and cell[0] != 'bp' else '-'} "
-            f"| {spread(own, f'validation_{what}')} | {own[0]['learning_rate']:g} | {len(own)} "
-            f"| {_mean(own, speed):.0f} |"
-        )
+        others = [_spread([row["also_perplexity"][n] for row in own], ".2f", 1) for n in also]
+        trained = cell[0] != "untrained"
+        parts = [
+            *(cell[0], str(cell[1]), spread(own, f"test_{what}")),
+            _spread(gaps, "+.2f", 100) if gaps and cell[0] != "bp" else "-",
+            spread(own, f"validation_{what}"),
+            f"{own[0]['learning_rate']:g}" if trained else "-",
+            str(len(own)),
+            f"{_mean(own, speed):.0f}" if trained else "-",
+            *others,
+        ]
+        lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from scpl_ds.bench.quality_table import render, selected
 from scpl_ds.cli import main
 from scpl_ds.errors import RecipeError
 from scpl_ds.recipe import recipe_from_mapping
-from tests.support import tiny
+from tests.support import tiny, tiny_lm
 
 pytestmark = pytest.mark.forks
 
@@ -187,3 +187,44 @@ def test_a_rate_that_diverged_is_never_the_best_one():
         for rate, p in ((1e-4, math.nan), (2e-4, 9.0), (4e-4, math.inf))
     ]
     assert [row["learning_rate"] for row in selected(rows)[0]] == [2e-4]
+
+
+def test_a_language_model_is_scored_on_other_texts_before_and_after(tmp_path: Path):
+    tiny_lm.save(tmp_path / "model")
+    for name, text in (("a", "the cat sat on the mat. "), ("other", "a red dog ran far. ")):
+        (tmp_path / f"{name}.txt").write_text(text * 40)
+    other = tmp_path / "other.txt"
+    recipe = recipe_from_mapping(
+        {
+            "model": {"name_or_path": str(tmp_path / "model"), "task": "causal-lm"},
+            "scpl": {"stages": 2, "sharding": "none"},
+            "deepspeed": {
+                "train_micro_batch_size_per_gpu": 4,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+            },
+            "data": {
+                "name": "text", "train": str(tmp_path / "a.txt"), "eval": str(tmp_path / "a.txt"),
+                "max_length": 16, "document": "file",
+            },
+            "train": {"max_steps": 5, "output_dir": str(tmp_path / "run")},
+        }
+    )  # fmt: skip
+    asked: dict[str, Any] = {"methods": ("untrained", "bp"), "stages": (2,), "seeds": 1}
+    asked |= {"learning_rates": (1e-3, 1e-2), "validation": 0.25, "also": [other]}
+    figures = quality.run(recipe, **asked)
+    by_method = {row["method"]: row for row in figures["rows"]}
+    before, after = by_method["untrained"], by_method["bp"]
+    assert before["steps"] == 0 < after["steps"] and len(figures["trials"]) == 1
+    for row in (before, after):
+        assert row["also_perplexity"].keys() == {"other"} and row["also_perplexity"]["other"] > 1
+    assert before["also_perplexity"] != after["also_perplexity"]
+    table = render(figures["rows"])
+    assert "other: perplexity" in table.splitlines()[0] and "| untrained | 1 |" in table
+    with pytest.raises(RecipeError, match="list of further texts"):
+        quality.run(recipe, **{**asked, "also": ()}, before=figures)
+
+
+def test_other_texts_are_for_language_models_and_must_exist(tmp_path: Path):
+    asked: dict[str, Any] = {"methods": ("bp",), "stages": (2,), "seeds": 1}
+    with pytest.raises(RecipeError, match="--also: the perplexity of a text is a language model's"):
+        quality.run(recipe(tmp_path), **asked, also=[tmp_path / "none.txt"])
