@@ -23,7 +23,9 @@ from scpl_ds.build_checks import (
     refuse_rates,
     refuse_rest,
     refuse_untied,
+    stage_section,
 )
+from scpl_ds.build_plan import plan_stages
 from scpl_ds.build_times import Stopwatch
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.mesh import Mesh
@@ -31,9 +33,10 @@ from scpl_ds.distributed.p2p import BoundaryChannel
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine import Engine
+from scpl_ds.engine_calibration import Calibration
 from scpl_ds.errors import PartitionError, RecipeError
 from scpl_ds.optim import build_optimizer
-from scpl_ds.partition.anatomy import Anatomy, analyze
+from scpl_ds.partition.anatomy import analyze
 from scpl_ds.partition.layer_list import (
     Layer,
     LayerListStage,
@@ -42,8 +45,8 @@ from scpl_ds.partition.layer_list import (
     plan_layers,
 )
 from scpl_ds.partition.lora import without_wrapper
-from scpl_ds.partition.matrices import Matrices, matrices_of, shapes_of
-from scpl_ds.partition.plan import LayerTimes, PartitionPlan, make_plan, stages_of_rank
+from scpl_ds.partition.matrices import Matrices, matrices_of
+from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
 from scpl_ds.recipe import ScplSection, check_world, recipe_from_ds_config
@@ -164,32 +167,6 @@ class PipelineModule:
         return plan, body, None
 
 
-def plan_stages(
-    anatomy: Anatomy,
-    scpl: ScplSection,
-    config: Any,
-    *,
-    method: str | Sequence[Sequence[int]] | None = None,
-    times: LayerTimes | None = None,
-) -> PartitionPlan:
-    """Cut a Hugging Face model, each local head counted on the stage that has one.
-
-    ``method`` goes before ``scpl.partition``; ``times`` are what ``time`` cuts by.
-    """
-    on_last = scpl.has_objective(scpl.stages - 1)
-    head_flops = 0
-    if scpl.has_objective(max(0, scpl.stages - 2)) or on_last:
-        with torch.random.fork_rng(devices=[]):
-            head = scpl.objective.build(
-                hidden_size=anatomy.hidden_size,
-                num_labels=getattr(config, "num_labels", None),
-                matrices=functools.partial(shapes_of, config),
-            )
-        head_flops = head.flops(1, anatomy.sequence_length)
-    method = method or scpl.partition
-    return make_plan(anatomy, scpl.stages, method, head_flops, on_last, times)
-
-
 class Initialized(NamedTuple):
     """What ``deepspeed.initialize`` returns, in its order."""
 
@@ -268,6 +245,9 @@ def initialize(
     plan, make_body, num_labels = pipeline.cut(scpl, seed, stopwatch)
     if plan.method == "time":
         log.info("scpl.partition: time measured and cut at layers %s", list(plan.bounds))
+    if isinstance(pipeline.layers, PreTrainedModel):  # ties are copied before anything is sharded
+        own = stages_of_rank(plan.num_stages, mesh.pp_size)[mesh.pp_rank]
+        make_body = {k: make_body(k) for k in own}.__getitem__
     engine = build_engine(
         plan, make_body, scpl, section, mesh, device,
         num_labels=num_labels, seed=seed, make_optimizer=optimizer, lr_at=lr_at,
@@ -391,9 +371,5 @@ def build_engine(
         sync=scpl.sync,
         clip_scope=scpl.clip_scope,
         backprop=backprop,
+        calibration=Calibration.of(scpl),
     )
-
-
-def stage_section(section: DeepSpeedSection, scpl: ScplSection, k: int) -> DeepSpeedSection:
-    """The section of stage ``k``, which may have a ZeRO stage of its own."""
-    return section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])

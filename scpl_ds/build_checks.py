@@ -147,3 +147,8 @@ def make_objective(
             f"{error} With a list of layers the width of a boundary is known from "
             "PipelineModule(..., input_example=<one batch of inputs>)."
         ) from error
+
+
+def stage_section(section: DeepSpeedSection, scpl: ScplSection, k: int) -> DeepSpeedSection:
+    """The section of stage ``k``, which may have a ZeRO stage of its own."""
+    return section if scpl.zero_stages is None else section.with_zero_stage(scpl.zero_stages[k])

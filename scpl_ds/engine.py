@@ -14,10 +14,12 @@ from torch import Tensor
 from scpl_ds import checkpoint
 from scpl_ds.batch import Evaluated, MicroBatch, Tag, as_inputs, sizes_of
 from scpl_ds.distributed.collectives import barrier, gather_objects
-from scpl_ds.distributed.mesh import Grid, Mesh
+from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_backprop import Backprop, BackpropWalk
+from scpl_ds.engine_calibration import Calibration, calibrate
+from scpl_ds.engine_facts import EngineFacts
 from scpl_ds.engine_step import StepWalk
 from scpl_ds.errors import DataError
 from scpl_ds.partition.plan import PartitionPlan
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor] | Sequence[Any] | Tensor
 
 
-class Engine:
+class Engine(EngineFacts):
     """Trains this rank's stages. One call of ``train_batch`` is one optimizer step.
 
     Unlike DeepSpeed's ``PipelineEngine`` it never waits for a later stage: an early stage may be
@@ -53,6 +55,7 @@ class Engine:
         sync: Literal["none", "step"] = "none",
         clip_scope: Literal["stage", "global"] = "stage",
         backprop: Backprop | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.stages, self.plan, self.mesh = list(stages), plan, mesh
         self.section, self.device = section, device
@@ -72,8 +75,10 @@ class Engine:
         self.start_timeline(keep=False)
         self._batch_id = self._eval_calls = 0
         self._data_iterator: Iterator[Batch] | None = None
-        self._collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
+        self._given = self._data_iterator  # the same, without what calibrate() has put back
+        self.collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
         self._last_loss: Tensor | None = None
+        self._calibration = calibration
 
     @property
     def timeline(self) -> Timeline:
@@ -86,63 +91,16 @@ class Engine:
         if self._backprop is not None:
             self._backprop.timeline = self._walk.timeline
 
-    # -- what DeepSpeed users ask an engine ------------------------------------------------
-
-    @property
-    def grid(self) -> Grid:
-        m = self.mesh
-        return Grid(m.pp_size, m.dp_size, m.pp_rank, m.dp_rank)
-
-    @property
-    def num_stages(self) -> int:
-        return self.plan.num_stages
-
-    @property
-    def stage_id(self) -> int:
-        return self.stages[0].index
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of one optimizer step (gradient accumulation steps)."""
-        return self.section.gradient_accumulation_steps
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return torch.nn.ModuleList(stage.module for stage in self.stages)
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer of this rank's last stage."""
-        return self.stages[-1].backend.optimizer
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.section.micro_batch_size
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.micro_batches
-
-    def train_batch_size(self) -> int:
-        """Samples of one optimizer step, over all data-parallel ranks."""
-        return self.section.micro_batch_size * self.micro_batches * self.mesh.dp_size
-
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the first stage (the one that reads the data)."""
-        return self.mesh.previous_rank is None
-
-    def is_last_stage(self) -> bool:
-        """Whether this rank holds the last stage (the one with the task head)."""
-        return self.mesh.next_rank is None
-
-    def get_lr(self) -> list[float]:
-        return [self.lr_at(self.global_steps)]
+    # -- data ------------------------------------------------------------------------------
 
     def set_dataiterator(self, iterator: Iterator[Batch]) -> None:
         """Batches for ``train_batch()`` without an argument; kept on first-stage ranks only."""
-        self._data_iterator = iterator if self.is_first_stage() else None
+        if self.is_first_stage() and iterator is not self._given:
+            self._data_iterator = self._given = iterator
 
     def set_batch_fn(self, fn: Callable[[Any], dict[str, Tensor]]) -> None:
         """How a batch of the data iterator becomes the model's inputs; default ``as_inputs``."""
-        self._collate = fn
+        self.collate = fn
 
     # -- training --------------------------------------------------------------------------
 
@@ -168,6 +126,7 @@ class Engine:
         """
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        self.calibrate()
         later, walk = self._backprop, self._walk
         if later is not None and self.global_steps >= later.first_step:
             walk = later
@@ -187,6 +146,27 @@ class Engine:
         self._last_loss = last.get("head_loss", last.get("loss", torch.tensor(math.nan)))
         return self._last_loss
 
+    @property
+    def to_calibrate(self) -> bool:
+        """Whether ``calibrate`` has something to do; the same on every rank."""
+        return self._calibration is not None and bool(self._calibration.stages)
+
+    def calibrate(self, data_iter: Iterator[Batch] | None = None) -> None:
+        """Let local heads begin where the model, as it came, would end (objectives that ask for it,
+        ``logit_lens``): the first ``train_batch`` does it, if nobody has before. Nothing is done
+        where there is nothing to do; else every rank must call it.
+
+        ``train_batch`` gets the batches again that are read here. With ``data_iter`` given they are
+        read from that one, and the engine's own data stay where they are.
+        """
+        todo, self._calibration = self._calibration, None
+        if todo is None or not todo.stages:
+            return
+        given = self._data_iterator if data_iter is None else data_iter
+        rest = calibrate(self, given if self.is_first_stage() else None, *todo)
+        if data_iter is None:
+            self._data_iterator = rest
+
     def _load(self, number: int) -> MicroBatch:
         if self._data_iterator is None:
             raise DataError("train_batch() has no data: pass data_iter, or call set_dataiterator.")
@@ -196,7 +176,7 @@ class Engine:
             raise EndOfData from None
         tag = Tag(self.global_steps, number, self._batch_id)
         self._batch_id += 1
-        inputs = self._collate(item)
+        inputs = self.collate(item)
         self._count(inputs)
         return MicroBatch(inputs, tag).to(self.device)
 
@@ -314,7 +294,7 @@ class Engine:
             raise DataError("eval_batch() has no data: pass data_iter on first-stage ranks.")
         else:
             try:
-                inputs = self._collate(next(data_iter))
+                inputs = self.collate(next(data_iter))
             except StopIteration:
                 raise EndOfData from None
             batch = MicroBatch(inputs, Tag(call, n, n)).to(self.device)
@@ -391,6 +371,8 @@ class Engine:
         with_optimizer = load_optimizer_states and not load_module_only
         for stage in self.stages:
             stage.read(reader, with_optimizer=with_optimizer)
+        if self._calibration is not None:
+            self._calibration = self._calibration.without(reader.names(), self.plan.bounds)
         client_state = dict(reader.manifest["client_state"])
         batch_id = int(client_state.pop("batch_id", 0))
         if not load_module_only:

@@ -117,14 +117,14 @@ def diagnose(engine: Engine, loader: BatchLoader) -> tuple[Score, dict[str, floa
     """:func:`evaluate`, and what the features of every stage are worth
     (``stage{k}/nearest_class_accuracy`` and so on, ``objectives._probe.Probe``), mean over
     data-parallel ranks."""
+    probes = {stage.index: Probe() for stage in engine.stages}
     for stage in engine.stages:
-        stage.probe = Probe()
+        stage.probe = probes[stage.index]
     score = evaluate(engine, loader)
     own = {
-        f"stage{stage.index}/{name}": value
-        for stage in engine.stages
-        if stage.probe is not None
-        for name, value in stage.probe.describe().items()
+        f"stage{k}/{name}": value
+        for k, probe in probes.items()
+        for name, value in probe.describe().items()
     }
     for stage in engine.stages:
         stage.probe = None

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from scpl_ds.build import plan_stages
+from scpl_ds.build_plan import plan_stages
 from scpl_ds.ds_checks import put
 from scpl_ds.ds_config import DeepSpeedSection, unsupported
 from scpl_ds.errors import ScplError

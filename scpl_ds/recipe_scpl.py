@@ -32,6 +32,10 @@ class ObjectiveChoice(Named):
         """Whether it means the same behind copies of the next layers."""
         return self.resolve().looks_ahead(self.options)
 
+    def calibration(self) -> int:
+        """How many positions its head is fitted on before the first step."""
+        return self.resolve().calibration(self.options)
+
     def build(
         self,
         *,

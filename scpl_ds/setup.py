@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from scpl_ds import checkpoint, registry
-from scpl_ds.build import build_engine, plan_stages, stage_section
+from scpl_ds.build import build_engine
+from scpl_ds.build_checks import stage_section
+from scpl_ds.build_plan import plan_stages
 from scpl_ds.build_times import Stopwatch, from_rank_0
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.prepared import Data, Facts, read

@@ -17,7 +17,6 @@ from scpl_ds.batch import MicroBatch
 from scpl_ds.checkpoint import Reader, Writer
 from scpl_ds.errors import DataError
 from scpl_ds.objectives._base import Objective, StageView
-from scpl_ds.objectives._probe import Probe
 from scpl_ds.objectives._targets import task_loss
 from scpl_ds.optim import OptimizerState
 from scpl_ds.partition.stage_module import StageOutput
@@ -51,6 +50,12 @@ class StageBody(Protocol):
     ) -> StageOutput: ...
 
 
+class Watcher(Protocol):
+    """Sees features [B, T, D] or [B, D], mask and labels of every micro-batch."""
+
+    def add(self, hidden_states: Tensor, attention_mask: Tensor | None, labels: Tensor) -> None: ...
+
+
 class LocalStage(nn.Module):
     """A stage as any sharding library sees it: an ordinary module whose forward returns its loss.
 
@@ -75,6 +80,8 @@ class LocalStage(nn.Module):
         self.objective = objective
         self.ahead = ahead
         """Copies of the next layers, which the local loss looks through."""
+        self.looks = False
+        """In evaluation too it says what its objective would see, ``features``."""
         self.detach_features = detach_features
         if objective is not None and isinstance(body, nn.Module):
             objective.attach(body)
@@ -110,13 +117,20 @@ class LocalStage(nn.Module):
             metrics |= {"loss": loss.detach()}
         if "head_loss" in parts:
             metrics |= {"head_loss": parts["head_loss"].detach()}
-        return {
+        looked = {"features": self._behind(view).detach()} if self.looks else {}
+        return looked | {
             "loss": loss,
             "hidden_states": output.hidden_states.detach(),
             "logits": None if output.logits is None else output.logits.detach(),
             "metrics": metrics,
             "extras": {**view.extras, **{name: value.detach() for name, value in given.items()}},
         }
+
+    def _behind(self, view: StageView) -> Tensor:
+        """The features that the objective sees."""
+        if self.ahead is None:
+            return view.hidden_states
+        return self.ahead(dict(view.inputs), view.hidden_states).hidden_states
 
     def _learn(self, objective: Objective, view: StageView, output: StageOutput) -> Any:
         """Losses by name, metrics, and what travels on."""
@@ -189,7 +203,7 @@ class Stage:
         """Means over the micro-batches of the last finished step, 0-dim, on the stage's device."""
         self.logits: Tensor | None = None
         """Of the last ``evaluate``; on the last stage only."""
-        self.probe: Probe | None = None
+        self.probe: Watcher | None = None
         """Given, it sees what every ``evaluate`` computes."""
 
     def forward(self, batch: MicroBatch) -> MicroBatch:
@@ -224,8 +238,8 @@ class Stage:
             self.module.train()
         self.logits = output["logits"]
         if self.probe is not None and batch.labels is not None:
-            mask = batch.inputs.get("attention_mask")
-            self.probe.add(output["hidden_states"], mask, batch.labels)
+            seen = output.get("features", output["hidden_states"])
+            self.probe.add(seen, batch.inputs.get("attention_mask"), batch.labels)
         return batch.with_hidden_states(output["hidden_states"], output["extras"]), output["loss"]
 
     def backward(self, *, last: bool) -> None:

@@ -249,8 +249,10 @@ class Run:
 
     def _fit(self) -> dict[str, Any]:
         train, progress = self.recipe.train, self.progress
-        batches = iter(self.train_loader) if self.engine.is_first_stage() else None
         self.report.start()
+        with self.report.paused():
+            self._calibrate()
+        batches = iter(self.train_loader) if self.engine.is_first_stage() else None
         if progress.done >= progress.total_steps:
             with self.report.paused():
                 self._nothing_left()
@@ -276,6 +278,16 @@ class Run:
                 with self.report.paused():
                     self._save(step)
         return self._finish()
+
+    def _calibrate(self) -> None:
+        """On the batches that the run goes on with: a checkpoint's place in the data is that of the
+        loader, which therefore is put back, not of an iterator that has some in hand."""
+        if not self.engine.to_calibrate or self.progress.done >= self.progress.total_steps:
+            return
+        place = saved_position(self.train_loader, self.mesh)
+        batches = iter(self.train_loader) if self.engine.is_first_stage() else None
+        self.engine.calibrate(batches)
+        self.train_loader.restore(place)
 
     def _nothing_left(self) -> None:
         """Resumed behind the last step: give the result that the run would have ended with."""

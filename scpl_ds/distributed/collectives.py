@@ -170,6 +170,30 @@ def broadcast(tensors: Iterable[Tensor], mesh: Mesh) -> None:
             dist.broadcast(tensor.detach(), src=mesh.stage_ranks[0], group=mesh.dp_group)
 
 
+def broadcast_rows(mesh: Mesh, rows: Tensor | None) -> Tensor:
+    """What this lane's last rank has, [n, E] float32 on the CPU, on every rank of it (waits for all
+    ranks); ``rows`` is None on ranks before."""
+    own = torch.empty(0)
+    shapes = gather_objects(mesh, None if rows is None else tuple(rows.shape))
+    for source, shape in enumerate(shapes):
+        if shape is None:
+            continue
+        box = rows.contiguous() if source == mesh.rank and rows is not None else torch.empty(shape)
+        dist.broadcast(box, src=source, group=mesh.control_group)
+        if source % mesh.dp_size == mesh.dp_rank:
+            own = box
+    return own
+
+
+def add_up_stage(mesh: Mesh, tensors: Iterable[Tensor]) -> None:
+    """Sum tensors on the CPU over the data-parallel ranks of this stage, in place."""
+    if mesh.dp_size == 1:
+        return
+    with lost_rank_is_named(mesh, "add up"):
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=mesh.dp_control_group)
+
+
 MESSAGE_ELEMENTS = 8 * 2**20
 """Gradients of one message: enough to hide its latency, little beside a stage."""
 

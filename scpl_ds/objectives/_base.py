@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from scpl_ds.objectives._calibration import AddUp
+
 IGNORED_LABEL = -100
 """A row with this label is no anchor, no positive and no negative, as in torch's cross-entropy."""
 
@@ -223,6 +225,27 @@ class Objective(nn.Module, abc.ABC):
     def see_all_ranks(self, gather: GatherRows | None) -> None:
         """The stage says how to see the rows of its other data-parallel ranks."""
         self.gather_rows = gather
+
+    @classmethod
+    def calibration(cls, options: BaseModel) -> int:
+        """How many positions, over all data-parallel ranks, ``calibrate`` wants; 0: it is not
+        called."""
+        del options
+        return 0
+
+    def calibrate(self, rows: Tensor, targets: Tensor, add_up: AddUp) -> dict[str, Tensor]:
+        """Called once before the first step, unless a checkpoint has this head: what its parameters
+        begin as, by name. It may be sharded, so it cannot set them itself.
+
+        Args:
+            rows: What this stage makes of positions of the first micro-batches, float32 on the CPU,
+                [n, D]; n may differ between data-parallel ranks.
+            targets: What the language-model head reads there, [n, E], at the length at which its
+                product with the head's matrix is nearest to the model's scores.
+            add_up: Sums over the stage's data-parallel ranks.
+        """
+        del rows, targets, add_up
+        return {}
 
     def commit_step(self) -> None:
         """The optimizer step is done: what its micro-batches left in the buffers stays."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from scpl_ds.errors import RecipeError
@@ -241,6 +241,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *of, None, None, None, None
+
+
+def straight_map(inside: int, outside: int) -> nn.Linear:
+    """A Linear that changes nothing where the widths are equal, and no length where it can."""
+    made = nn.Linear(inside, outside)
+    with torch.no_grad():
+        (nn.init.eye_ if inside == outside else nn.init.orthogonal_)(made.weight)
+        made.bias.zero_()
+    return made
 
 
 def keep_lent(

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from pydantic import BaseModel, PositiveInt
+import torch.nn.functional as F
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from scpl_ds.errors import RecipeError
 from scpl_ds.objectives._base import Matrix, Objective, ObjectiveOutput, StageView
+from scpl_ds.objectives._calibration import AddUp, ridge
 from scpl_ds.objectives._options import TokenOptions, need_size
-from scpl_ds.objectives._tokens import draw_rows, keep_lent, lent, token_cross_entropy
+from scpl_ds.objectives._tokens import (
+    draw_rows,
+    keep_lent,
+    lent,
+    straight_map,
+    token_cross_entropy,
+)
 
 _NAME = "logit_lens"
 
@@ -22,26 +29,31 @@ class LogitLensOptions(TokenOptions):
     positions: PositiveInt = 256
     """Most positions of a micro-batch that are taught; of more, so many are drawn anew each time,
     without replacement. Each costs two products with the whole head."""
-    rank: PositiveInt = 64
-    """Width between the two Linears of the map before the head."""
+    calibration: NonNegativeInt = 4096
+    """Positions of the first micro-batches, over all data-parallel ranks, that the map is fitted on
+    before the first step; they are learned from afterwards. 0: it starts as the identity."""
 
 
 class LogitLens(Objective):
     """Cross-entropy of the next token, through W, the language-model head before training (frozen):
 
-        n = norm(h)        scores = W (n + up(down(n)))
+        scores = W (A norm(h) + a)
 
-    ``norm`` is a LayerNorm, ``down`` and ``up`` Linear(D, rank) and Linear(rank, D) without bias,
-    all trained; ``up`` starts at zero, so that training starts from W norm(h). W needs V x D
-    numbers on every stage that has one, and no gradient or optimizer state. Where the
+    ``norm`` is a LayerNorm and (A, a) a Linear from the stage's width to the head's, all trained.
+    Before the first step A and a are fitted, by least squares, to take norm(h) to what W reads when
+    the model, as it came, runs to its end. From the identity the middle of SmolLM2-135M has a loss
+    of 21 nats (guessing: 11), fitted 5.5 (the model: 4.7); what the layers learn while the
+    map finds its way is worse than learning nothing (docs/language-models.md).
+
+    W needs V x D numbers on every stage that has one, and no gradient or optimizer state. Where the
     head has a bias, it is left out.
 
     Source:
         nostalgebraist 2020, the logit lens; Belrose et al. 2023, arXiv:2303.08112, the tuned lens.
-        As a local loss and on sampled positions it is ours.
+        As a local loss, on sampled positions and fitted in closed form it is ours.
 
     Raises:
-        RecipeError: The hidden size is not known, or the model's head is not one for it.
+        RecipeError: The hidden size is not known, or the model has no head.
     """
 
     Options: ClassVar[type[BaseModel]] = LogitLensOptions
@@ -53,9 +65,7 @@ class LogitLens(Objective):
         self.options = options
         self.size = need_size(_NAME, hidden_size)
         self.norm = nn.LayerNorm(self.size) if options.layer_norm else nn.Identity()
-        self.down = nn.Linear(self.size, options.rank, bias=False)
-        self.up = nn.Linear(options.rank, self.size, bias=False)
-        nn.init.zeros_(self.up.weight)
+        self.map = nn.Linear(self.size, self.size)
 
     @classmethod
     def borrows(cls, options: BaseModel) -> frozenset[Matrix]:
@@ -64,12 +74,17 @@ class LogitLens(Objective):
 
     def lend(self, weights: Mapping[Matrix, Tensor]) -> None:
         head = keep_lent(self, _NAME, "output_embeddings", weights)
-        if head.shape[1] != self.size:
-            raise RecipeError(
-                f"scpl.objective: {_NAME} reads hidden states with the model's head, but they are "
-                f"{self.size} wide and the head reads {head.shape[1]}. Use prototype or "
-                "token_supcon."
-            )
+        self.map = straight_map(self.size, head.shape[1])
+
+    @classmethod
+    def calibration(cls, options: BaseModel) -> int:
+        return options.calibration if isinstance(options, LogitLensOptions) else 0
+
+    def calibrate(self, rows: Tensor, targets: Tensor, add_up: AddUp) -> dict[str, Tensor]:
+        if self.options.layer_norm:  # as the norm is before training
+            rows = F.layer_norm(rows, (self.size,))
+        weight, bias = ridge(rows, targets, add_up)
+        return {"map.weight": weight, "map.bias": bias}
 
     def forward(
         self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor
@@ -84,8 +99,8 @@ class LogitLens(Objective):
         head = lent(self, _NAME, "output_embeddings")
         view = StageView.of(hidden_states, attention_mask, labels)
         rows, targets = draw_rows(_NAME, view, self.options.positions)
-        rows = self.norm(rows.to(self.down.weight.dtype))
-        loss, accuracy = token_cross_entropy(rows + self.up(self.down(rows)), head, targets)
+        rows = self.map(self.norm(rows.to(self.map.weight.dtype)))
+        loss, accuracy = token_cross_entropy(rows, head, targets)
         return ObjectiveOutput(loss, {"token_accuracy": accuracy})
 
     def flops(self, batch: int, sequence: int) -> int:
@@ -95,5 +110,5 @@ class LogitLens(Objective):
             RecipeError: Nothing was lent, so that the vocabulary is not known.
         """
         rows = min(self.options.positions, batch * sequence)
-        vocabulary = len(lent(self, _NAME, "output_embeddings"))
-        return 2 * rows * self.size * (2 * self.options.rank + vocabulary)
+        vocabulary, width = lent(self, _NAME, "output_embeddings").shape
+        return 2 * rows * width * (self.size + vocabulary)

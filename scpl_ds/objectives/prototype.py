@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from scpl_ds.objectives._base import IGNORED_LABEL, Matrix, Objective, ObjectiveOutput, StageView
 from scpl_ds.objectives._heads import Projection
 from scpl_ds.objectives._options import TokenHeadOptions, need_size, projection_head, width_of
-from scpl_ds.objectives._tokens import distinct, draw_rows, keep_lent, lent, token_cross_entropy
+from scpl_ds.objectives._tokens import (
+    distinct,
+    draw_rows,
+    keep_lent,
+    lent,
+    straight_map,
+    token_cross_entropy,
+)
 
 _NAME = "prototype"
 
@@ -81,13 +88,7 @@ class Prototype(Objective):
 
     def lend(self, weights: Mapping[Matrix, Tensor]) -> None:
         embedding = keep_lent(self, _NAME, "input_embeddings", weights)
-        self.map = nn.Linear(embedding.shape[1], self.width)
-        with torch.no_grad():
-            if embedding.shape[1] == self.width:
-                nn.init.eye_(self.map.weight)
-            else:
-                nn.init.orthogonal_(self.map.weight)
-            self.map.bias.zero_()
+        self.map = straight_map(embedding.shape[1], self.width)
 
     def forward(
         self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor

@@ -17,6 +17,7 @@ from scpl_ds.objectives._base import (
     ObjectiveOutput,
     StageView,
 )
+from scpl_ds.objectives._calibration import AddUp
 from scpl_ds.recipe_scpl import PartChoice
 
 
@@ -89,6 +90,19 @@ class WeightedSum(Objective):
             wanted = choice.resolve().borrows(choice.options)
             if wanted:
                 part.lend({name: weights[name] for name in wanted if name in weights})
+
+    @classmethod
+    def calibration(cls, options: BaseModel) -> int:
+        parts = options.parts if isinstance(options, WeightedSumOptions) else ()
+        return max((part.calibration() for part in parts), default=0)
+
+    def calibrate(self, rows: Tensor, targets: Tensor, add_up: AddUp) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for index, (choice, part) in enumerate(zip(self._choices, self._each, strict=True)):
+            if choice.calibration():
+                own = part.calibrate(rows, targets, add_up)
+                found |= {f"parts.{index}.{name}": value for name, value in own.items()}
+        return found
 
     def attach(self, body: nn.Module) -> None:
         for part in self._each:

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.forks
 TOKEN_LEVEL: dict[str, Any] = {
     "token_supcon": {"name": "token_supcon", "positions": 16},
     "prototype": {"name": "prototype", "positions": 24},
-    "logit_lens": {"name": "logit_lens", "positions": 16, "rank": 4},
-    "sum": [{"name": "logit_lens", "rank": 4}, {"name": "reconstruction", "weight": 0.1}],
+    "logit_lens": {"name": "logit_lens", "positions": 16, "calibration": 64},
+    "sum": [{"name": "logit_lens", "calibration": 64}, {"name": "reconstruction", "weight": 0.1}],
 }
 MORE: dict[str, dict[str, Any]] = {
     "freeze": {"objective": TOKEN_LEVEL["logit_lens"], "freeze_stages": 1},
@@ -142,7 +142,8 @@ def recipe(folder: Path, **data: Any) -> dict[str, Any]:
     (folder / "b.txt").write_text(text[: len(text) // 8])
     return {
         "model": {"name_or_path": str(model), "task": "causal-lm"},
-        "scpl": {"stages": 2, "sharding": "none", "objective": {"name": "logit_lens", "rank": 4}},
+        "scpl": {"stages": 2, "sharding": "none",
+                "objective": {"name": "logit_lens", "calibration": 64},},
         "deepspeed": {
             "train_micro_batch_size_per_gpu": 8,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},

@@ -47,7 +47,8 @@ def recipe(folder: Path, run: str, *, data: dict[str, Any] | None = None, **trai
         {
             "model": {"name_or_path": str(folder / "model"), "task": "causal-lm"},
             "scpl": {
-                "stages": 2, "sharding": "none", "objective": {"name": "logit_lens", "rank": 4}
+                "stages": 2, "sharding": "none",
+                "objective": {"name": "logit_lens", "calibration": 64},
             },
             "deepspeed": {
                 "train_micro_batch_size_per_gpu": 4,
@@ -131,7 +132,7 @@ def test_samples_end_where_the_model_ends_a_text(tmp_path: Path) -> None:
         model = tiny_lm.model(tied=False)
         with torch.no_grad():
             model.lm_head.weight.zero_()
-        config = runs.config(2, objective={"name": "logit_lens", "rank": 4})
+        config = runs.config(2, objective={"name": "logit_lens", "calibration": 64})
         engine = scpl_ds.initialize(model=model, config=config, seed=1).engine
         calls = []
         evaluate = engine.evaluate
@@ -194,7 +195,7 @@ def test_padding_on_either_side_gives_the_same_loss_per_token(
     def body() -> None:
         model = make()
         model.set_attn_implementation(attention)
-        config = runs.config(2, objective={"name": "logit_lens", "rank": 4})
+        config = runs.config(2, objective={"name": "logit_lens", "calibration": 64})
         engine = scpl_ds.initialize(model=model, config=config, seed=1).engine
         tokenizer = tiny_lm.tokenizer()
         texts = ["the cat", "a", "a dog ran to the red house", "ab"]
@@ -233,7 +234,7 @@ def test_4096_tokens_train_a_step_in_bounded_memory() -> None:
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
             eos_token_id=0, pad_token_id=0, bos_token_id=None,
         )  # fmt: skip
-        config = runs.config(2, objective={"name": "logit_lens", "rank": 4})
+        config = runs.config(2, objective={"name": "logit_lens", "calibration": 64})
         engine = scpl_ds.initialize(model=LlamaForCausalLM(shape), config=config, seed=1).engine
         data = batches()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -62,7 +62,7 @@ def test_a_run_of_which_every_stage_rests_or_is_frozen_is_refused_on_every_rank(
 ) -> None:
     changes = {
         "model.lora.target_modules": ["0.self_attn.q_proj"],
-        "scpl.objective": {"name": "logit_lens", "rank": 4},
+        "scpl.objective": {"name": "logit_lens", "calibration": 64},
         "scpl.freeze_stages": 1,
         "scpl.pipeline_ranks": ranks,
     }
@@ -84,13 +84,13 @@ def adapted_lm(target: str) -> Any:
 
 @distributed(2)
 def test_initialize_refuses_what_trains_nothing_on_every_rank() -> None:
-    config = runs.config(2, objective={"name": "logit_lens", "rank": 4}, freeze_stages=1)
+    config = runs.config(2, objective={"name": "logit_lens", "calibration": 64}, freeze_stages=1)
     with pytest.raises(PartitionError, match="none of the 2 stages has anything to train"):
         scpl_ds.initialize(model=adapted_lm("0.self_attn.q_proj"), config=config)
 
 
 def of_last_stage(target: str, steps: int = 2) -> tuple[float, dict[str, Any]]:
-    config = runs.config(2, objective={"name": "logit_lens", "rank": 4}, pipeline_ranks=1)
+    config = runs.config(2, objective={"name": "logit_lens", "calibration": 64}, pipeline_ranks=1)
     engine = scpl_ds.initialize(model=adapted_lm(target), config=config, seed=runs.SEED).engine
     data = test_language.batches()
     loss = math.nan

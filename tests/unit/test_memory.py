@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPTJConfig
 
-from scpl_ds.build import plan_stages
+from scpl_ds.build_plan import plan_stages
 from scpl_ds.cli import main
 from scpl_ds.errors import PartitionError, ScplError
 from scpl_ds.memory import Prediction, RankMemory, Workload, footprint, predict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -71,8 +72,7 @@ def naive(objective: Any, name: str, hidden: Tensor, kept: list[tuple[int, int, 
         z = objective.head(rows)
         return supcon_loss(z, torch.tensor(targets), temperature=0.1, pos_norm="khosla")
     if name == "logit_lens":
-        n = objective.norm(rows)
-        scores = (n + objective.up(objective.down(n))) @ objective.output_embeddings.T
+        scores = objective.map(objective.norm(rows)) @ objective.output_embeddings.T
         return -torch.stack([scores[i].log_softmax(0)[y] for i, y in enumerate(targets)]).mean()
     z = objective.head(rows)
     z = z / z.norm(dim=1, keepdim=True)
@@ -103,7 +103,7 @@ ASKED: dict[str, Any] = {
     "prototype": "prototype",
     "prototype without correction": {"name": "prototype", "frequency_correction": False},
     "prototype of another width": {"name": "prototype", "projection_dim": 4, "temperature": 0.5},
-    "logit_lens": {"name": "logit_lens", "rank": 3},
+    "logit_lens": {"name": "logit_lens", "calibration": 0},
 }
 
 
@@ -112,7 +112,7 @@ ASKED: dict[str, Any] = {
 def test_value_and_gradients_equal_the_formula(asked: str, masked: bool):
     objective = make(ASKED[asked])
     if asked == "logit_lens":
-        torch.nn.init.normal_(objective.up.weight)
+        torch.nn.init.normal_(objective.map.weight)
     hidden, mask, labels = texts()
     given = mask if masked else None
     found = value_and_gradients(objective, ours(objective, given, labels), hidden)
@@ -340,9 +340,49 @@ def test_a_model_without_vocabulary_is_refused(name: str, matrix: str):
         make(name, lend=False, hidden_size=None)
 
 
-def test_a_head_for_another_width_is_refused():
-    with pytest.raises(RecipeError, match="are 6 wide and the head reads 9"):
-        make("logit_lens", width=9)
+def test_a_head_may_be_of_another_width():
+    objective = make("logit_lens", width=9)
+    hidden, mask, labels = texts()
+    assert objective.map.weight.shape == (9, 6)
+    assert ours(objective, mask, labels)(hidden).isfinite()
+
+
+def test_a_lens_begins_where_least_squares_over_all_ranks_would_put_it():
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(40, D, generator=generator) * 3 + 1
+    targets = torch.randn(40, D, generator=generator)
+    objective = make("logit_lens").float()
+    halves = [(rows[:15], targets[:15]), (rows[15:], targets[15:])]
+    met = threading.Barrier(2)
+    boxes: dict[int, list[torch.Tensor]] = {}
+    found: dict[int, dict[str, torch.Tensor]] = {}
+
+    def lane(rank: int) -> None:
+        def add_up(sums: list[torch.Tensor]) -> None:
+            boxes[rank] = [s.clone() for s in sums]
+            met.wait()
+            for own, *parts in zip(sums, boxes[0], boxes[1], strict=True):
+                own.copy_(torch.stack(parts).sum(0))
+            met.wait()
+
+        found[rank] = objective.calibrate(*halves[rank], add_up)
+
+    threads = [threading.Thread(target=lane, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    x, y = F.layer_norm(rows, (D,)).double(), targets.double()
+    x0, y0 = x - x.mean(0), y - y.mean(0)
+    penalty = (0.1 * (x0.T @ x0).diagonal().mean()).sqrt() * torch.eye(D, dtype=torch.float64)
+    longer = torch.linalg.lstsq(
+        torch.cat([x0, penalty]), torch.cat([y0, torch.zeros(D, D, dtype=torch.float64)])
+    ).solution.T
+    for values in found.values():
+        torch.testing.assert_close(values["map.weight"].double(), longer, rtol=1e-5, atol=1e-6)
+        bias = y.mean(0) - longer @ x.mean(0)
+        torch.testing.assert_close(values["map.bias"].double(), bias, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize("positions", [10, 1000])
