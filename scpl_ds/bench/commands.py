@@ -42,6 +42,20 @@ def _model_and_length(parser: argparse.ArgumentParser) -> None:
         "name; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--seq", type=_count, default=64, help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--vocab", type=_count, default=4096, help="tokens that there are; default: %(default)s"
+    )
+    parser.add_argument(
+        "--task", choices=("sequence-classification", "causal-lm"),
+        default="sequence-classification", help="a BERT's stage, or a Llama's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objectives", type=_names, default=None, metavar="A,B",
+        help="default: supcon, and prototype of a language model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=_count, default=30, help="timings of each; default: %(default)s"
+    )
 
 
 def _pipeline(parser: argparse.ArgumentParser) -> None:

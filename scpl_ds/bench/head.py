@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import tempfile
@@ -16,20 +17,26 @@ import torch
 from torch import Tensor
 
 from scpl_ds.bench.machine import describe_machine
-from scpl_ds.objectives.supcon import SupCon, SupConOptions
 from scpl_ds.partition.anatomy import analyze, model_class
 from scpl_ds.partition.config import load_config
+from scpl_ds.partition.matrices import matrices_of
 from scpl_ds.partition.stage_module import stage_from_model
+from scpl_ds.recipe_scpl import ObjectiveChoice
 from scpl_ds.stage import LocalStage, as_body
 
-_TASK = "sequence-classification"
-_WARM_UP = 5
+_WARM_UP = 2
+_DESCRIBED: dict[str, dict[str, Any]] = {
+    "sequence-classification": {"model_type": "bert", "feedforward": 4},
+    "causal-lm": {"model_type": "llama", "feedforward": 8 / 3},
+}
+"""The architecture of each task; ``feedforward`` is a multiple of the hidden size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A BERT with random weights, of which the first half is the stage."""
+    """A BERT, or a Llama, with random weights, of which the first half is the stage."""
 
+    task: str = "sequence-classification"
     hidden_size: int = 256
     layers: int = 8
     sequence_length: int = 64
@@ -40,12 +47,13 @@ def measure(
     micro_batches: Sequence[int] = (4, 8, 32),
     *,
     size: Size = Size(),
-    options: SupConOptions | None = None,
+    objectives: Sequence[Any] = ("supcon",),
     repeats: int = 30,
     threads: int = 1,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Time the first of two stages with its local objective, one row a micro-batch size.
+    """Time the first of two stages with its local objective, one row a micro-batch size and
+    objective.
 
     The stage, its layers alone and its objective alone take turns, so that whatever else the
     machine does hits all three; each figure is a median. The layers alone go backward from a
@@ -55,50 +63,66 @@ def measure(
     Args:
         micro_batches: Rows.
         size: Of the model.
-        options: Of supcon; None: the defaults.
-        repeats: Timings of each, after 5 that are thrown away.
+        objectives: As ``scpl.objective`` takes them.
+        repeats: Timings of each, after 2 that are thrown away.
         threads: CPU threads; set back afterwards.
         device: Where to run.
 
     Returns:
-        Rows with ``hidden_size, layers`` (of the stage), ``sequence_length, micro_batch, threads,
-        device, stage_s, layers_s, head_s, head_share`` (head_s / stage_s).
+        Rows with ``objective, hidden_size, layers`` (of the stage), ``sequence_length, micro_batch,
+        threads, device, stage_s, layers_s, head_s, head_share`` (head_s / stage_s).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            stage = _stage(size, options or SupConOptions()).to(device).train()
-            return [_row(stage, size, rows, repeats) for rows in micro_batches]
+            found = []
+            for asked in objectives:
+                choice = ObjectiveChoice.model_validate(asked)
+                stage = _stage(size, choice).to(device).train()
+                own = [_row(stage, size, rows, repeats) for rows in micro_batches]
+                found += [{"objective": choice.name, **row} for row in own]
+            return found
     finally:
         torch.set_num_threads(before)
 
 
 def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
     """The command: the table."""
-    size = Size(hidden_size=args.hidden_size, layers=args.layers, sequence_length=args.seq)
-    rows = measure(args.micro_batches, size=size)
+    size = Size(args.task, args.hidden_size, args.layers, args.seq, args.vocab)
+    default = ("prototype",) if args.task == "causal-lm" else ("supcon",)
+    rows = measure(
+        args.micro_batches, size=size, objectives=args.objectives or default, repeats=args.repeats
+    )
     save({"machine": describe_machine() | {"threads": 1}, "rows": rows})
     return render(rows)
 
 
-def _stage(size: Size, options: SupConOptions) -> LocalStage:
+def _stage(size: Size, choice: ObjectiveChoice) -> LocalStage:
+    shape = _DESCRIBED[size.task]
+    heads = max(size.hidden_size // 64, 1)
     described = {
-        "model_type": "bert",
+        "model_type": shape["model_type"],
         "hidden_size": size.hidden_size,
         "num_hidden_layers": size.layers,
-        "num_attention_heads": max(size.hidden_size // 64, 1),
-        "intermediate_size": 4 * size.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": round(shape["feedforward"] * size.hidden_size),
         "vocab_size": size.vocab_size,
         "max_position_embeddings": max(size.sequence_length, 512),
+        "pad_token_id": 0,
     }
     with tempfile.TemporaryDirectory(prefix="scpl-bench-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(described))
         config = load_config(folder, num_labels=2)
-    model = model_class(config, _TASK)._from_config(config)
+    model = model_class(config, size.task)._from_config(config)
     body = stage_from_model(model, analyze(model), 0, size.layers // 2)
-    head = SupCon(options, hidden_size=size.hidden_size, num_labels=2)
+    head = choice.build(
+        hidden_size=size.hidden_size,
+        num_labels=2,
+        matrices=functools.partial(matrices_of, model),
+    )
     return LocalStage(as_body(body), head, detach_features=False)
 
 
@@ -106,7 +130,7 @@ def _row(stage: LocalStage, size: Size, rows: int, repeats: int) -> dict[str, An
     device = next(stage.parameters()).device
     shape = (rows, size.sequence_length)
     ids = torch.randint(1, size.vocab_size, shape, device=device)
-    labels = torch.randint(0, 2, (rows,), device=device)
+    labels = torch.randint(0, 2, (rows,), device=device) if size.task != "causal-lm" else ids
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     hidden = torch.randn(*shape, size.hidden_size, device=device)
     gradient = torch.randn_like(hidden)
@@ -159,13 +183,14 @@ def _seconds(work: Callable[[], None], tensor: Tensor) -> float:
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, in milliseconds."""
     lines = [
-        "| hidden size | layers | micro-batch | stage, ms | layers alone, ms | head alone, ms "
-        "| head's share |",
-        "|---|---|---|---|---|---|---|",
+        "| objective | hidden size | layers | micro-batch | stage, ms | layers alone, ms "
+        "| head alone, ms | head's share |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
-            row["hidden_size"], row["layers"], f"{row['micro_batch']} x {row['sequence_length']}",
+            row["objective"], row["hidden_size"], row["layers"],
+            f"{row['micro_batch']} x {row['sequence_length']}",
             *(f"{1e3 * row[key]:.2f}" for key in ("stage_s", "layers_s", "head_s")),
             f"{row['head_share']:.1%}",
         ]  # fmt: skip

@@ -20,5 +20,12 @@ def test_each_micro_batch_size_is_a_row_with_the_heads_share_of_the_stage():
         assert row["head_share"] == pytest.approx(row["head_s"] / row["stage_s"])
         assert min(row["stage_s"], row["layers_s"], row["head_s"]) > 0
     table = render(rows).splitlines()
-    assert len(table) == 4 and table[3].startswith("| 64 | 1 | 3 x 8 |")
+    assert len(table) == 4 and table[3].startswith("| supcon | 64 | 1 | 3 x 8 |")
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
+def test_objectives_of_language_models_are_timed_on_a_language_models_stage():
+    size = Size("causal-lm", hidden_size=64, layers=2, sequence_length=8, vocab_size=50)
+    rows = measure((2,), size=size, objectives=("prototype", "logit_lens"), repeats=2)
+    assert [row["objective"] for row in rows] == ["prototype", "logit_lens"]
+    assert min(row["head_s"] for row in rows) > 0
