@@ -42,20 +42,6 @@ def _model_and_length(parser: argparse.ArgumentParser) -> None:
         "name; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--seq", type=_count, default=64, help="tokens; default: %(default)s")
-    parser.add_argument(
-        "--vocab", type=_count, default=4096, help="tokens that there are; default: %(default)s"
-    )
-    parser.add_argument(
-        "--task", choices=("sequence-classification", "causal-lm"),
-        default="sequence-classification", help="a BERT's stage, or a Llama's",
-    )  # fmt: skip
-    parser.add_argument(
-        "--objectives", type=_names, default=None, metavar="A,B",
-        help="default: supcon, and prototype of a language model",
-    )  # fmt: skip
-    parser.add_argument(
-        "--repeats", type=_count, default=30, help="timings of each; default: %(default)s"
-    )
 
 
 def _pipeline(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +83,20 @@ def _head(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-size", type=_count, default=256, help="default: %(default)s")
     parser.add_argument("--layers", type=_count, default=8, help="default: %(default)s")
     parser.add_argument("--seq", type=_count, default=64, help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--vocab", type=_count, default=4096, help="tokens that there are; default: %(default)s"
+    )
+    parser.add_argument(
+        "--task", choices=("sequence-classification", "causal-lm"),
+        default="sequence-classification", help="a BERT's stage, or a Llama's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objectives", type=_names, default=None, metavar="A,B",
+        help="default: supcon, and prototype of a language model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=_count, default=30, help="timings of each; default: %(default)s"
+    )
 
 
 def _predict(parser: argparse.ArgumentParser) -> None:
