@@ -138,7 +138,7 @@ def _registered(kind: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_OBJECTIVES = {"causal-lm": "prototype"}
+_OBJECTIVES = {"causal-lm": "logit_lens"}
 """Task -> what its stages train on where nothing is said; ``supcon`` needs one class a sample."""
 
 BACKPROP_SCHEDULES = ("naive", "gpipe", "1f1b", "zero_bubble")
@@ -163,7 +163,7 @@ class ScplSection(Section):
         default_factory=lambda: ObjectiveChoice.model_validate("supcon")
     )
     """Local loss of the stages: a name, ``{name: ..., <its options>}``, or a list of them with
-    weights. Default ``supcon``, and ``prototype`` for ``model.task: causal-lm``."""
+    weights. Default ``supcon``, and ``logit_lens`` for ``model.task: causal-lm``."""
     head: HeadSection = HeadSection()
     """How the last stage trains."""
     method: Literal["scpl", "bp", "joint"] = "scpl"

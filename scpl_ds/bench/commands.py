@@ -92,7 +92,7 @@ def _head(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--objectives", type=_names, default=None, metavar="A,B",
-        help="default: supcon, and prototype of a language model",
+        help="default: supcon, and logit_lens of a language model",
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=_count, default=30, help="timings of each; default: %(default)s"

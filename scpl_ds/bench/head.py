@@ -91,7 +91,7 @@ def measure(
 def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
     """The command: the table."""
     size = Size(args.task, args.hidden_size, args.layers, args.seq, args.vocab)
-    default = ("prototype",) if args.task == "causal-lm" else ("supcon",)
+    default = ("logit_lens",) if args.task == "causal-lm" else ("supcon",)
     rows = measure(
         args.micro_batches, size=size, objectives=args.objectives or default, repeats=args.repeats
     )

@@ -95,14 +95,14 @@ def test_backpropagation_over_stages_of_a_language_model_is_that_of_the_whole(
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_language_model_that_names_no_objective_learns_by_prototypes() -> None:
+def test_a_language_model_that_names_no_objective_learns_through_a_lens() -> None:
     def body() -> None:
         config = runs.config(2)
         del config["scpl"]["objective"]
         config["scpl"]["pipeline_ranks"] = 1
         running = scpl_ds.initialize(model=tiny_lm.model(), config=config, seed=runs.SEED).engine
         assert [type(s.module.objective).__name__ for s in running.stages] == [
-            "Prototype",
+            "LogitLens",
             "NoneType",
         ]
 
