@@ -61,9 +61,6 @@ class TokenOptions(ObjectiveOptions):
     """Options of an objective that looks at single positions of a text, each with the next token
     for its label."""
 
-    positions: PositiveInt
-    """Most positions of a micro-batch that are looked at; of more, so many are drawn anew each
-    time, without replacement."""
     layer_norm: bool = True
     """Normalise a position's features before the head: decoders hand over a residual stream that
     nobody has normalised."""

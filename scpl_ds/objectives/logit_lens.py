@@ -21,14 +21,16 @@ from scpl_ds.objectives._tokens import (
 )
 
 _NAME = "logit_lens"
+_FEWEST = 256
 
 
 class LogitLensOptions(TokenOptions):
     """Options of ``scpl.objective: {name: logit_lens, ...}``."""
 
-    positions: PositiveInt = 256
+    positions: PositiveInt | None = None
     """Most positions of a micro-batch that are taught; of more, so many are drawn anew each time,
-    without replacement. Each costs two products with the whole head."""
+    without replacement. Each costs two products with the whole head. Unset: a quarter of
+    them, but no fewer than 256."""
     calibration: NonNegativeInt = 4096
     """Positions of the first micro-batches, over all data-parallel ranks, that the map is fitted on
     before the first step; they are learned from afterwards. 0: it starts as the identity."""
@@ -98,10 +100,14 @@ class LogitLens(Objective):
         """
         head = lent(self, _NAME, "output_embeddings")
         view = StageView.of(hidden_states, attention_mask, labels)
-        rows, targets = draw_rows(_NAME, view, self.options.positions)
+        rows, targets = draw_rows(_NAME, view, self._most(labels.numel()))
         rows = self.map(self.norm(rows.to(self.map.weight.dtype)))
         loss, accuracy = token_cross_entropy(rows, head, targets)
         return ObjectiveOutput(loss, {"token_accuracy": accuracy})
+
+    def _most(self, there: int) -> int:
+        """How many of the positions of a micro-batch are drawn."""
+        return self.options.positions or max(_FEWEST, there // 4)
 
     def flops(self, batch: int, sequence: int) -> int:
         """FLOPs of the map and of the scores of the positions that are drawn.
@@ -109,6 +115,6 @@ class LogitLens(Objective):
         Raises:
             RecipeError: Nothing was lent, so that the vocabulary is not known.
         """
-        rows = min(self.options.positions, batch * sequence)
+        rows = min(self._most(batch * sequence), batch * sequence)
         vocabulary, width = lent(self, _NAME, "output_embeddings").shape
         return 2 * rows * width * (self.size + vocabulary)

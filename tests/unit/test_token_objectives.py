@@ -449,3 +449,11 @@ def test_16k_positions_of_a_vocabulary_of_50k_take_under_300_mb(name: str):
         with LiveBytes(known) as tracker:
             objective(hidden, attention_mask=None, labels=labels).loss.backward()
     assert tracker.peak < 300e6
+
+
+def test_a_lens_is_taught_at_a_quarter_of_the_positions_and_256_at_least():
+    objective = make("logit_lens")
+    per_position = 2 * D * (D + V)
+    for there, taught in ((100, 100), (512, 256), (4096, 1024)):
+        assert objective.flops(1, there) == per_position * taught
+    assert make({"name": "logit_lens", "positions": 7}).flops(4, 100) == per_position * 7
