@@ -33,7 +33,6 @@ from scpl_ds.distributed.p2p import BoundaryChannel
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine import Engine
-from scpl_ds.engine_calibration import Calibration
 from scpl_ds.errors import PartitionError, RecipeError
 from scpl_ds.optim import build_optimizer
 from scpl_ds.partition.anatomy import analyze
@@ -371,5 +370,5 @@ def build_engine(
         sync=scpl.sync,
         clip_scope=scpl.clip_scope,
         backprop=backprop,
-        calibration=Calibration.of(scpl),
+        calibrates=scpl.method != "bp" and scpl.objective.calibrates(),
     )

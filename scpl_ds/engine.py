@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_backprop import Backprop, BackpropWalk
-from scpl_ds.engine_calibration import Calibration, calibrate
+from scpl_ds.engine_calibration import ReadAhead, calibrate
 from scpl_ds.engine_facts import EngineFacts
 from scpl_ds.engine_step import StepWalk
 from scpl_ds.errors import DataError
@@ -55,7 +56,7 @@ class Engine(EngineFacts):
         sync: Literal["none", "step"] = "none",
         clip_scope: Literal["stage", "global"] = "stage",
         backprop: Backprop | None = None,
-        calibration: Calibration | None = None,
+        calibrates: bool = False,
     ) -> None:
         self.stages, self.plan, self.mesh = list(stages), plan, mesh
         self.section, self.device = section, device
@@ -75,10 +76,12 @@ class Engine(EngineFacts):
         self.start_timeline(keep=False)
         self._batch_id = self._eval_calls = 0
         self._data_iterator: Iterator[Batch] | None = None
-        self._given = self._data_iterator  # the same, without what calibrate() has put back
         self.collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
         self._last_loss: Tensor | None = None
-        self._calibration = calibration
+        self._ahead = ReadAhead(lambda item: self.collate(item))
+        self._calibrates = calibrates
+        self._heads_there: set[int] = set()
+        """Stages whose local head came from a checkpoint."""
 
     @property
     def timeline(self) -> Timeline:
@@ -95,8 +98,7 @@ class Engine(EngineFacts):
 
     def set_dataiterator(self, iterator: Iterator[Batch]) -> None:
         """Batches for ``train_batch()`` without an argument; kept on first-stage ranks only."""
-        if self.is_first_stage() and iterator is not self._given:
-            self._data_iterator = self._given = iterator
+        self._data_iterator = iterator if self.is_first_stage() else None
 
     def set_batch_fn(self, fn: Callable[[Any], dict[str, Tensor]]) -> None:
         """How a batch of the data iterator becomes the model's inputs; default ``as_inputs``."""
@@ -146,37 +148,37 @@ class Engine(EngineFacts):
         self._last_loss = last.get("head_loss", last.get("loss", torch.tensor(math.nan)))
         return self._last_loss
 
-    @property
-    def to_calibrate(self) -> bool:
-        """Whether ``calibrate`` has something to do; the same on every rank."""
-        return self._calibration is not None and bool(self._calibration.stages)
-
-    def calibrate(self, data_iter: Iterator[Batch] | None = None) -> None:
+    def calibrate(self, data_iter: Iterator[Batch] | None = None, *, put_back: bool = True) -> None:
         """Let local heads begin where the model, as it came, would end (objectives that ask for it,
-        ``logit_lens``): the first ``train_batch`` does it, if nobody has before. Nothing is done
-        where there is nothing to do; else every rank must call it.
+        ``logit_lens``). The first ``train_batch`` does it on its own data, if nobody has before;
+        every rank must call it.
 
-        ``train_batch`` gets the batches again that are read here. With ``data_iter`` given they are
-        read from that one, and the engine's own data stay where they are.
+        What is read of ``data_iter`` is trained on when ``train_batch`` is given the same iterator;
+        with ``put_back=False`` it is forgotten, for those who go back in the data themselves.
         """
-        todo, self._calibration = self._calibration, None
-        if todo is None or not todo.stages:
+        if not self._calibrates:
             return
-        given = self._data_iterator if data_iter is None else data_iter
-        rest = calibrate(self, given if self.is_first_stage() else None, *todo)
-        if data_iter is None:
-            self._data_iterator = rest
+        own = {
+            stage.index: stage.module.objective.calibration()
+            for stage in self.stages
+            if stage.module.objective is not None and stage.index not in self._heads_there
+        }
+        source = self._data_iterator if data_iter is None else data_iter
+        wanted = {k: positions for k, positions in own.items() if positions}
+        done = calibrate(self, source if self.is_first_stage() else None, self._ahead, wanted)
+        self._calibrates = not done
+        if not put_back:
+            self._ahead.forget()
 
     def _load(self, number: int) -> MicroBatch:
         if self._data_iterator is None:
             raise DataError("train_batch() has no data: pass data_iter, or call set_dataiterator.")
         try:
-            item = next(self._data_iterator)
+            inputs = self._ahead.next(self._data_iterator)
         except StopIteration:
             raise EndOfData from None
         tag = Tag(self.global_steps, number, self._batch_id)
         self._batch_id += 1
-        inputs = self.collate(item)
         self._count(inputs)
         return MicroBatch(inputs, tag).to(self.device)
 
@@ -270,11 +272,24 @@ class Engine(EngineFacts):
         Data-parallel ranks must ask for equally many: backends that gather parameters in forward
         (ZeRO-3, FSDP2) would wait for the missing one.
         """
+        inputs = None if data_iter is None else self._collated(data_iter)
+        return self.evaluate_inputs(inputs, num_micro_batches)
+
+    def _collated(self, data_iter: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
+        """Asked with ``next`` alone: the loaders of DeepSpeed begin anew with ``iter``."""
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield self.collate(next(data_iter))
+
+    def evaluate_inputs(
+        self, inputs: Iterator[Mapping[str, Tensor]] | None, num_micro_batches: int
+    ) -> Iterator[Evaluated]:
+        """:meth:`evaluate` of what the model takes, not of items of a data set."""
         call, self._eval_calls = self._eval_calls, self._eval_calls + 1
         self.channel.reset("eval")
         for n in range(num_micro_batches):
             try:
-                output = self._evaluate_one(data_iter, call, n)
+                output = self._evaluate_one(inputs, call, n)
             except EndOfData:
                 self.channel.send_end()
                 self.channel.drain()
@@ -287,17 +302,18 @@ class Engine(EngineFacts):
             yield output
         self.channel.drain()
 
-    def _evaluate_one(self, data_iter: Iterator[Batch] | None, call: int, n: int) -> Evaluated:
+    def _evaluate_one(
+        self, inputs: Iterator[Mapping[str, Tensor]] | None, call: int, n: int
+    ) -> Evaluated:
         if not self.is_first_stage():
             batch = self.channel.receive(Expected("eval", call, n))
-        elif data_iter is None:
+        elif inputs is None:
             raise DataError("eval_batch() has no data: pass data_iter on first-stage ranks.")
         else:
             try:
-                inputs = self.collate(next(data_iter))
+                batch = MicroBatch(dict(next(inputs)), Tag(call, n, n)).to(self.device)
             except StopIteration:
                 raise EndOfData from None
-            batch = MicroBatch(inputs, Tag(call, n, n)).to(self.device)
         loss = None
         for stage in self.stages:
             batch, loss = stage.evaluate(batch)
@@ -371,8 +387,8 @@ class Engine(EngineFacts):
         with_optimizer = load_optimizer_states and not load_module_only
         for stage in self.stages:
             stage.read(reader, with_optimizer=with_optimizer)
-        if self._calibration is not None:
-            self._calibration = self._calibration.without(reader.names(), self.plan.bounds)
+        there = set(reader.names()) if int(reader.manifest["step"]) > 0 else set()
+        self._heads_there = {s.index for s in self.stages if s.module.head_names() <= there}
         client_state = dict(reader.manifest["client_state"])
         batch_id = int(client_state.pop("batch_id", 0))
         if not load_module_only:

@@ -32,9 +32,9 @@ class ObjectiveChoice(Named):
         """Whether it means the same behind copies of the next layers."""
         return self.resolve().looks_ahead(self.options)
 
-    def calibration(self) -> int:
-        """How many positions its head is fitted on before the first step."""
-        return self.resolve().calibration(self.options)
+    def calibrates(self) -> bool:
+        """Whether its head is fitted on data before the first step."""
+        return self.resolve().calibrates(self.options)
 
     def build(
         self,

@@ -180,6 +180,15 @@ class LocalStage(nn.Module):
                 names[name] = own.get(room, rest.removeprefix("model."))
         return names
 
+    def head_names(self) -> frozenset[str]:
+        """Checkpoint names of the objective's parameters."""
+        names = self.checkpoint_names()
+        return frozenset(
+            names[ours]
+            for ours, _ in self.named_parameters()
+            if ours.startswith("objective.") and ours in names
+        )
+
     def memory_names(self) -> frozenset[str]:
         """Checkpoint names of the objective's persistent buffers."""
         learned = dict(self.named_parameters())

@@ -21,7 +21,7 @@ import torch
 
 from scpl_ds import registry
 from scpl_ds.bench.machine import describe_machine
-from scpl_ds.bench.quality_table import best_of, plot, render, selected
+from scpl_ds.bench.quality_table import ONE_STAGE, best_of, plot, render, selected
 from scpl_ds.bench.quality_trial import train_and_score
 from scpl_ds.bench.ranks import in_forks
 from scpl_ds.errors import RecipeError, ScplError
@@ -37,8 +37,6 @@ _OF_A_METHOD = (
     "method", "objective", "head", "freeze_stages", "polish", "lookahead", "schedule",
 )  # fmt: skip
 """Keys of the recipe's ``scpl`` section that a method says itself; the recipe's play no part."""
-_ONE_STAGE = ("bp", "untrained")
-"""Methods that are run once, whatever the numbers of stages."""
 _NO_METHOD = ("sum", "reconstruction")
 """Objectives that are no method by themselves."""
 
@@ -144,7 +142,7 @@ def run(
 
     def cells() -> Iterable[tuple[str, int]]:
         for name in scpl_of:
-            yield from [(name, 1)] if name in _ONE_STAGE else [(name, k) for k in stages]
+            yield from [(name, 1)] if name in ONE_STAGE else [(name, k) for k in stages]
 
     def work(trials: Sequence[Trial]) -> None:
         wanted = [trial for trial in trials if trial not in done]
@@ -174,7 +172,7 @@ def run(
     for name, k in cells():
         tried = [row for trial, row in done.items() if trial[:3] == (name, k, first)]
         best = best_of([row for row in tried if "error" not in row])
-        if best is not None:
+        if best is not None and name != "untrained":
             chosen.append((name, k, best["learning_rate"]))
     later = range(first + 1, first + seeds)
     work([Trial(name, k, seed, rate) for seed in later for name, k, rate in chosen])

@@ -11,6 +11,8 @@ from typing import Any
 from scpl_ds.errors import RecipeError
 
 Row = dict[str, Any]
+ONE_STAGE = ("bp", "untrained")
+"""Methods that are run once, whatever the numbers of stages."""
 Cell = tuple[str, int]
 
 
@@ -150,7 +152,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         means = [factor * _mean(own[k], f"test_{what}") for k in stages]
         seconds = [_mean(own[k], "seconds") for k in stages]
         colour = f"C{number % 10}"
-        if method == "bp":
+        if method in ONE_STAGE:
             by_stages.axhline(means[0], color=colour, linestyle="--", label=method)
         else:
             by_stages.plot(stages, means, marker="o", color=colour, label=method)
@@ -158,7 +160,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for k, *point in zip(stages, seconds, means, strict=True):
             by_time.annotate(str(k), point, textcoords="offset points", xytext=(5, 4))
     by_stages.set(xlabel="stages", ylabel=f"test {what}{unit}")
-    by_stages.set_xticks(sorted({row["stages"] for row in rows if row["method"] != "bp"}))
+    by_stages.set_xticks(sorted({r["stages"] for r in rows if r["method"] not in ONE_STAGE}))
     by_time.set(xlabel="seconds of training in one process; numbers are stages")
     if rows:
         by_stages.legend(fontsize="small")

@@ -170,19 +170,33 @@ def broadcast(tensors: Iterable[Tensor], mesh: Mesh) -> None:
             dist.broadcast(tensor.detach(), src=mesh.stage_ranks[0], group=mesh.dp_group)
 
 
-def broadcast_rows(mesh: Mesh, rows: Tensor | None) -> Tensor:
-    """What this lane's last rank has, [n, E] float32 on the CPU, on every rank of it (waits for all
-    ranks); ``rows`` is None on ranks before."""
-    own = torch.empty(0)
+def rows_of_last_rank(mesh: Mesh, rows: Tensor | None) -> Tensor:
+    """What this lane's last rank has, [n, E] float32 on the CPU, on every rank of the lane (waits);
+    ``rows`` is None on ranks before."""
+    if mesh.pp_size == 1:
+        assert rows is not None
+        return rows
     shapes = gather_objects(mesh, None if rows is None else tuple(rows.shape))
-    for source, shape in enumerate(shapes):
-        if shape is None:
-            continue
-        box = rows.contiguous() if source == mesh.rank and rows is not None else torch.empty(shape)
-        dist.broadcast(box, src=source, group=mesh.control_group)
-        if source % mesh.dp_size == mesh.dp_rank:
-            own = box
-    return own
+    last = mesh.rank_of(mesh.pp_size - 1, mesh.dp_rank)
+    with lost_rank_is_named(mesh, "pass on what the last stage computes"):
+        if rows is None:
+            rows = torch.empty(shapes[last])
+            dist.recv(rows, last, group=mesh.control_group)
+        else:
+            for pp_rank in range(mesh.pp_size - 1):
+                target = mesh.rank_of(pp_rank, mesh.dp_rank)
+                dist.send(rows.contiguous(), target, group=mesh.control_group)
+    return rows
+
+
+def first_ranks_values(mesh: Mesh, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU as the stage's first data-parallel rank has them: processors differ."""
+    found = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if mesh.dp_size > 1:
+        with lost_rank_is_named(mesh, "agree on the local head"):
+            for tensor in found.values():
+                dist.broadcast(tensor, src=mesh.stage_ranks[0], group=mesh.dp_control_group)
+    return found
 
 
 def add_up_stage(mesh: Mesh, tensors: Iterable[Tensor]) -> None:

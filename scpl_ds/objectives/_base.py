@@ -227,10 +227,14 @@ class Objective(nn.Module, abc.ABC):
         self.gather_rows = gather
 
     @classmethod
-    def calibration(cls, options: BaseModel) -> int:
+    def calibrates(cls, options: BaseModel) -> bool:
+        """Whether ``calibrate`` is to be called, which needs a model with a language-model head."""
+        del options
+        return False
+
+    def calibration(self) -> int:
         """How many positions, over all data-parallel ranks, ``calibrate`` wants; 0: it is not
         called."""
-        del options
         return 0
 
     def calibrate(self, rows: Tensor, targets: Tensor, add_up: AddUp) -> dict[str, Tensor]:
@@ -239,7 +243,7 @@ class Objective(nn.Module, abc.ABC):
 
         Args:
             rows: What this stage makes of positions of the first micro-batches, float32 on the CPU,
-                [n, D]; n may differ between data-parallel ranks.
+                [n, D]; n may differ between data-parallel ranks, and a row may hold NaN.
             targets: What the language-model head reads there, [n, E], at the length at which its
                 product with the head's matrix is nearest to the model's scores.
             add_up: Sums over the stage's data-parallel ranks.

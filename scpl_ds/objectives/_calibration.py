@@ -22,11 +22,12 @@ def ridge(rows: Tensor, targets: Tensor, add_up: AddUp) -> tuple[Tensor, Tensor]
     In float64 on the CPU, the same on every rank.
 
     Args:
-        rows: [n, D]; n may differ between ranks.
+        rows: [n, D]; n may differ between ranks. Those with NaN or inf count for nothing.
         targets: [n, E].
         add_up: See ``AddUp``.
     """
-    x, y = rows.double(), targets.double()
+    whole = rows.isfinite().all(1) & targets.isfinite().all(1)
+    x, y = rows[whole].double(), targets[whole].double()
     count = x.new_tensor(float(len(x)))
     sums = [count, x.sum(0), y.sum(0)]
     add_up(sums)

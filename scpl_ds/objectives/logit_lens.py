@@ -31,9 +31,10 @@ class LogitLensOptions(TokenOptions):
     """Most positions of a micro-batch that are taught; of more, so many are drawn anew each time,
     without replacement. Each costs two products with the whole head. Unset: a quarter of
     them, but no fewer than 256."""
-    calibration: NonNegativeInt = 4096
+    calibration: NonNegativeInt | None = None
     """Positions of the first micro-batches, over all data-parallel ranks, that the map is fitted on
-    before the first step; they are learned from afterwards. 0: it starts as the identity."""
+    before the first step; they are learned from afterwards. Unset: 4096, or twice the hidden size
+    where that is more. 0: the map starts as the identity."""
 
 
 class LogitLens(Objective):
@@ -67,7 +68,7 @@ class LogitLens(Objective):
         self.options = options
         self.size = need_size(_NAME, hidden_size)
         self.norm = nn.LayerNorm(self.size) if options.layer_norm else nn.Identity()
-        self.map = nn.Linear(self.size, self.size)
+        self.map = straight_map(self.size, self.size)
 
     @classmethod
     def borrows(cls, options: BaseModel) -> frozenset[Matrix]:
@@ -79,8 +80,12 @@ class LogitLens(Objective):
         self.map = straight_map(self.size, head.shape[1])
 
     @classmethod
-    def calibration(cls, options: BaseModel) -> int:
-        return options.calibration if isinstance(options, LogitLensOptions) else 0
+    def calibrates(cls, options: BaseModel) -> bool:
+        return isinstance(options, LogitLensOptions) and options.calibration != 0
+
+    def calibration(self) -> int:
+        asked = self.options.calibration
+        return max(4096, 2 * self.size) if asked is None else asked
 
     def calibrate(self, rows: Tensor, targets: Tensor, add_up: AddUp) -> dict[str, Tensor]:
         if self.options.layer_norm:  # as the norm is before training

@@ -92,14 +92,17 @@ class WeightedSum(Objective):
                 part.lend({name: weights[name] for name in wanted if name in weights})
 
     @classmethod
-    def calibration(cls, options: BaseModel) -> int:
+    def calibrates(cls, options: BaseModel) -> bool:
         parts = options.parts if isinstance(options, WeightedSumOptions) else ()
-        return max((part.calibration() for part in parts), default=0)
+        return any(part.calibrates() for part in parts)
+
+    def calibration(self) -> int:
+        return max(part.calibration() for part in self._each)
 
     def calibrate(self, rows: Tensor, targets: Tensor, add_up: AddUp) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for index, (choice, part) in enumerate(zip(self._choices, self._each, strict=True)):
-            if choice.calibration():
+        for index, part in enumerate(self._each):
+            if part.calibration():
                 own = part.calibrate(rows, targets, add_up)
                 found |= {f"parts.{index}.{name}": value for name, value in own.items()}
         return found
