@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
 from scpl_ds.bench.machine import describe_machine
+from scpl_ds.errors import RecipeError
 from scpl_ds.partition.anatomy import analyze, model_class
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.matrices import matrices_of
 from scpl_ds.partition.stage_module import stage_from_model
+from scpl_ds.problems import problems_of
 from scpl_ds.recipe_scpl import ObjectiveChoice
 from scpl_ds.stage import LocalStage, as_body
 
@@ -78,8 +81,7 @@ def measure(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             found = []
-            for asked in objectives:
-                choice = ObjectiveChoice.model_validate(asked)
+            for choice in [_choice(asked) for asked in objectives]:
                 stage = _stage(size, choice).to(device).train()
                 own = [_row(stage, size, rows, repeats) for rows in micro_batches]
                 found += [{"objective": choice.name, **row} for row in own]
@@ -97,6 +99,14 @@ def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
     )
     save({"machine": describe_machine() | {"threads": 1}, "rows": rows})
     return render(rows)
+
+
+def _choice(asked: Any) -> ObjectiveChoice:
+    try:
+        return ObjectiveChoice.model_validate(asked)
+    except pydantic.ValidationError as error:
+        found = problems_of(error, ObjectiveChoice)
+        raise RecipeError(f"--objectives: {'; '.join(p.message for p in found)}") from None
 
 
 def _stage(size: Size, choice: ObjectiveChoice) -> LocalStage:

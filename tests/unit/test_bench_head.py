@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scpl_ds.bench.head import Size, measure, render
+from scpl_ds.errors import RecipeError
 
 
 def test_each_micro_batch_size_is_a_row_with_the_heads_share_of_the_stage():
@@ -29,3 +30,8 @@ def test_objectives_of_language_models_are_timed_on_a_language_models_stage():
     rows = measure((2,), size=size, objectives=("prototype", "logit_lens"), repeats=2)
     assert [row["objective"] for row in rows] == ["prototype", "logit_lens"]
     assert min(row["head_s"] for row in rows) > 0
+
+
+def test_an_unknown_objective_is_named_before_anything_is_measured():
+    with pytest.raises(RecipeError, match="--objectives: .*'prototyp'.*prototype"):
+        measure((2,), objectives=("supcon", "prototyp"))
