@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scpl_ds import checkpoint
 from scpl_ds.batch import Evaluated, MicroBatch, Tag, as_inputs, sizes_of
-from scpl_ds.distributed.collectives import barrier, gather_objects
+from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_backprop import Backprop, BackpropWalk
 from scpl_ds.engine_calibration import Calibration, calibrate
+from scpl_ds.engine_checkpoints import Facts, Saves, open_checkpoint
 from scpl_ds.engine_facts import EngineFacts
 from scpl_ds.engine_step import StepWalk
 from scpl_ds.errors import DataError
@@ -58,6 +58,7 @@ class Engine(EngineFacts):
         calibration: Calibration | None = None,
     ) -> None:
         self.stages, self.plan, self.mesh = list(stages), plan, mesh
+        self._saves = Saves(mesh)
         self.section, self.device = section, device
         self.global_steps = 0
         """Optimizer steps taken; equal on all ranks after the same number of ``train_batch``."""
@@ -317,30 +318,40 @@ class Engine(EngineFacts):
         save_latest: bool = True,
         *,
         model_files: Path | None = None,
+        background: bool = False,
+        on_saved: Callable[[Path], None] | None = None,
     ) -> Path:
         """Write ``save_dir/tag`` (default ``checkpoint-<step>``), whole or not at all.
 
         Every rank must call it after the same number of steps; it waits for all of them.
-        ``client_state`` must be plain JSON; rank 0's is kept. ``model_files``: a folder with the
-        model's config.json and tokenizer, copied along so that the checkpoint can be exported.
+        ``client_state`` must be plain JSON; rank 0's is kept.
+
+        Args:
+            model_files: A folder with the model's config.json and tokenizer, copied along so that
+                the checkpoint can be exported.
+            background: Return once everything has been copied to the host's memory; a thread
+                writes it. The next save or load, or ``finish_saving``, waits for it.
+            on_saved: Called on rank 0 with the folder, once it is in place.
+
+        Raises:
+            SaveError: A rank could not write its part, or that of the save before; on every rank.
         """
         self.drain()
         folder = Path(save_dir) / (tag or f"checkpoint-{self.global_steps}")
-        with checkpoint.Writer(folder, is_coordinator=self.mesh.rank == 0) as writer:
-            barrier(self.mesh)
-            for stage in self.stages:
-                stage.write(writer)
-            barrier(self.mesh)
-            if self.mesh.rank == 0:
-                writer.finish(
-                    step=self.global_steps,
-                    bounds=self.plan.bounds,
-                    client_state={**(client_state or {}), "batch_id": self._batch_id},
-                    save_latest=save_latest,
-                    model_files=model_files,
-                )
-        barrier(self.mesh)
+        state = {**(client_state or {}), "batch_id": self._batch_id}
+        facts = Facts(
+            self.global_steps, self.plan.bounds, state, save_latest, model_files, on_saved
+        )
+        self._saves.save(self.stages, folder, facts, background=background)
         return folder
+
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written in the background. Every rank must call it.
+
+        Raises:
+            SaveError: A rank could not write its part; on every rank.
+        """
+        self._saves.wait()
 
     def load_checkpoint(
         self,
@@ -352,15 +363,18 @@ class Engine(EngineFacts):
         """Restore ``load_dir/tag`` (default: what ``latest`` names) into this engine's stages.
 
         ``load_module_only`` takes the weights and leaves optimizer and step count as they are.
+        Every rank must call it; every file is compared with its checksum before anything is loaded.
 
         Returns:
             The checkpoint's folder and the ``client_state`` it was saved with.
 
         Raises:
-            CheckpointError: Missing, incomplete, or of another model.
+            CheckpointError: Missing, incomplete, damaged, or of another model.
         """
         self.drain()
-        reader = checkpoint.Reader(checkpoint.resolve(Path(load_dir), tag))
+        self._saves.wait()
+        with_optimizer = load_optimizer_states and not load_module_only
+        reader = open_checkpoint(self.mesh, Path(load_dir), tag, with_optimizer=with_optimizer)
         reader.require_layers(self.plan.bounds[-1])
         if self.plan.method == "time" and tuple(reader.manifest["bounds"]) != self.plan.bounds:
             log.warning(
@@ -368,7 +382,6 @@ class Engine(EngineFacts):
                 "boundary moved start anew. To keep the cut, write it down as ranges.",
                 list(self.plan.bounds), reader.folder, reader.manifest["bounds"],
             )  # fmt: skip
-        with_optimizer = load_optimizer_states and not load_module_only
         for stage in self.stages:
             stage.read(reader, with_optimizer=with_optimizer)
         if self._calibration is not None:
