@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from scpl_ds import __version__
 from scpl_ds.bench import commands as commands_of_bench
-from scpl_ds.errors import BoundaryError, OtherRankFailed, RecipeError, ScplError
+from scpl_ds.errors import BoundaryError, OtherRankFailed, RecipeError, SaveError, ScplError
 
 if TYPE_CHECKING:
     from scpl_ds.run_folder import RunFolder
@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--merge", action="store_true", help="of a run with LoRA: add the adapter to the weights"
     )
+    export.add_argument("--max-shard-size", type=_size, metavar="SIZE", help="default: 5GB")
     bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
     commands_of_bench.add_to(bench, _bench)
     schema = add("schema", _schema, "Print the JSON schema of recipes, for editors.")
@@ -270,9 +271,10 @@ def _export(args: argparse.Namespace) -> int:
 
         folder, task = checkpoint.resolve(Path(args.run_dir).expanduser()), args.task
     _choose_accelerator()
-    from scpl_ds.export import export_checkpoint
+    from scpl_ds.export import SHARD_BYTES, export_checkpoint
 
-    out = export_checkpoint(folder, args.out.expanduser(), task=task, merge=args.merge)
+    size, out = args.max_shard_size or SHARD_BYTES, args.out.expanduser()
+    export_checkpoint(folder, out, task=task, merge=args.merge, max_shard_size=size)
     sys.stdout.write(f"{out}\n")
     return 0
 
@@ -361,7 +363,7 @@ def _report(error: ScplError) -> int:
     else:
         where = f" [rank {_rank()}]" if _rank() else ""
         sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}\n")
-    return 1 if isinstance(error, BoundaryError) else 2
+    return 1 if isinstance(error, BoundaryError | SaveError) else 2
 
 
 def _in_a_world() -> bool:

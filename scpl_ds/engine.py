@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,27 +11,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scpl_ds import checkpoint
-from scpl_ds.batch import Evaluated, MicroBatch, Tag, as_inputs, sizes_of
-from scpl_ds.distributed.collectives import barrier, gather_objects
+from scpl_ds.batch import MicroBatch, Tag, as_inputs, sizes_of
 from scpl_ds.distributed.mesh import Mesh
-from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData, Expected
+from scpl_ds.distributed.p2p import BoundaryChannel, EndOfData
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_backprop import Backprop, BackpropWalk
 from scpl_ds.engine_calibration import ReadAhead, calibrate
-from scpl_ds.engine_facts import EngineFacts
+from scpl_ds.engine_checkpoints import Facts, Saves, open_checkpoint
+from scpl_ds.engine_evaluation import EngineEvaluation
 from scpl_ds.engine_step import StepWalk
 from scpl_ds.errors import DataError
 from scpl_ds.partition.plan import PartitionPlan
 from scpl_ds.schedules import Schedule
-from scpl_ds.stage import Stage, exits_of
+from scpl_ds.stage import Stage
 from scpl_ds.timeline import Timeline
 
 log = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor] | Sequence[Any] | Tensor
 
 
-class Engine(EngineFacts):
+class Engine(EngineEvaluation):
     """Trains this rank's stages. One call of ``train_batch`` is one optimizer step.
 
     Unlike DeepSpeed's ``PipelineEngine`` it never waits for a later stage: an early stage may be
@@ -59,6 +57,7 @@ class Engine(EngineFacts):
         calibrates: bool = False,
     ) -> None:
         self.stages, self.plan, self.mesh = list(stages), plan, mesh
+        self._saves = Saves(mesh)
         self.section, self.device = section, device
         self.global_steps = 0
         """Optimizer steps taken; equal on all ranks after the same number of ``train_batch``."""
@@ -198,11 +197,6 @@ class Engine(EngineFacts):
             raise RuntimeError("reduce_loss() before the first train_batch().")
         return loss
 
-    def _mean(self, values: list[float]) -> Tensor | None:
-        """Mean of all ranks' values, on every rank (waits); None where nobody has any."""
-        everything = [value for part in gather_objects(self.mesh, values) for value in part]
-        return torch.tensor(sum(everything) / len(everything)) if everything else None
-
     def metrics(self) -> dict[str, Tensor]:
         """Numbers of the last step of this rank's stages (0-dim tensors; reading one waits for
         it)."""
@@ -217,112 +211,6 @@ class Engine(EngineFacts):
         """Wait until the neighbour has taken everything this rank sent."""
         self.channel.drain()
 
-    # -- evaluation ------------------------------------------------------------------------
-
-    def eval_batch(
-        self,
-        data_iter: Iterator[Batch] | None,
-        return_logits: bool = False,
-        compute_loss: bool = True,
-        reduce_output: str | None = "avg",
-        bcast_loss: bool = True,
-        num_micro_batches: int | None = None,
-    ) -> Any:
-        """Forward ``num_micro_batches`` (default: as in training) without training.
-
-        DeepSpeed's arguments and return shapes. Every rank must call it.
-
-        Returns:
-            The last stage's task loss, mean over micro-batches and data-parallel ranks (on every
-            rank with ``bcast_loss``, else on the last stage's ranks; None where there is none).
-            ``reduce_output=None`` gives the losses of this rank's micro-batches instead, on the
-            last stage's ranks. With ``return_logits`` a pair ``(loss, logits)``; logits are on the
-            last stage's ranks only, concatenated over the micro-batches, [B, num_labels].
-
-        Raises:
-            DataError: ``data_iter`` holds fewer micro-batches.
-            ValueError: ``reduce_output`` is neither ``"avg"`` nor None.
-        """
-        if reduce_output not in ("avg", None):
-            raise ValueError(f"reduce_output must be 'avg' or None, got {reduce_output!r}.")
-        count = num_micro_batches or self.micro_batches
-        losses: list[Tensor] = []
-        logits: list[Tensor] = []
-        for output in self.evaluate(data_iter, count):
-            if output.loss is not None:
-                losses.append(output.loss)
-            if return_logits and output.logits is not None:
-                logits.append(output.logits)
-        result: Any = None
-        if compute_loss and reduce_output is None:
-            result = torch.stack(losses) if losses else None
-        elif compute_loss:
-            result = self._mean([float(loss) for loss in losses])
-            if not (bcast_loss or self.is_last_stage()):
-                result = None
-        if not return_logits:
-            return result
-        return result, (torch.cat(logits) if logits else None)
-
-    def evaluate(
-        self, data_iter: Iterator[Batch] | None, num_micro_batches: int
-    ) -> Iterator[Evaluated]:
-        """Stream ``num_micro_batches`` through the stages without training; one result for each.
-
-        Data-parallel ranks must ask for equally many: backends that gather parameters in forward
-        (ZeRO-3, FSDP2) would wait for the missing one.
-        """
-        inputs = None if data_iter is None else self._collated(data_iter)
-        return self.evaluate_inputs(inputs, num_micro_batches)
-
-    def _collated(self, data_iter: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
-        """Asked with ``next`` alone: the loaders of DeepSpeed begin anew with ``iter``."""
-        with contextlib.suppress(StopIteration):
-            while True:
-                yield self.collate(next(data_iter))
-
-    def evaluate_inputs(
-        self, inputs: Iterator[Mapping[str, Tensor]] | None, num_micro_batches: int
-    ) -> Iterator[Evaluated]:
-        """:meth:`evaluate` of what the model takes, not of items of a data set."""
-        call, self._eval_calls = self._eval_calls, self._eval_calls + 1
-        self.channel.reset("eval")
-        for n in range(num_micro_batches):
-            try:
-                output = self._evaluate_one(inputs, call, n)
-            except EndOfData:
-                self.channel.send_end()
-                self.channel.drain()
-                raise DataError(
-                    f"The evaluation data ended after {n} of {num_micro_batches} micro-batches."
-                ) from None
-            except Exception as error:
-                self.channel.send_error(f"{type(error).__name__}: {error}")
-                raise
-            yield output
-        self.channel.drain()
-
-    def _evaluate_one(
-        self, inputs: Iterator[Mapping[str, Tensor]] | None, call: int, n: int
-    ) -> Evaluated:
-        if not self.is_first_stage():
-            batch = self.channel.receive(Expected("eval", call, n))
-        elif inputs is None:
-            raise DataError("eval_batch() has no data: pass data_iter on first-stage ranks.")
-        else:
-            try:
-                batch = MicroBatch(dict(next(inputs)), Tag(call, n, n)).to(self.device)
-            except StopIteration:
-                raise EndOfData from None
-        loss = None
-        for stage in self.stages:
-            batch, loss = stage.evaluate(batch)
-        if not self.is_last_stage():
-            self.channel.flush()  # the micro-batch before, now that this one has been queued
-            self.channel.send(batch, "eval")
-            return Evaluated(None, None, None)
-        return Evaluated(loss, self.stages[-1].logits, batch.labels, exits_of(batch))
-
     # -- checkpoints -----------------------------------------------------------------------
 
     def save_checkpoint(
@@ -333,30 +221,40 @@ class Engine(EngineFacts):
         save_latest: bool = True,
         *,
         model_files: Path | None = None,
+        background: bool = False,
+        on_saved: Callable[[Path], None] | None = None,
     ) -> Path:
         """Write ``save_dir/tag`` (default ``checkpoint-<step>``), whole or not at all.
 
         Every rank must call it after the same number of steps; it waits for all of them.
-        ``client_state`` must be plain JSON; rank 0's is kept. ``model_files``: a folder with the
-        model's config.json and tokenizer, copied along so that the checkpoint can be exported.
+        ``client_state`` must be plain JSON; rank 0's is kept.
+
+        Args:
+            model_files: A folder with the model's config.json and tokenizer, copied along so that
+                the checkpoint can be exported.
+            background: Return once everything has been copied to the host's memory; a thread
+                writes it. The next save or load, or ``finish_saving``, waits for it.
+            on_saved: Called on rank 0 with the folder, once it is in place.
+
+        Raises:
+            SaveError: A rank could not write its part, or that of the save before; on every rank.
         """
         self.drain()
         folder = Path(save_dir) / (tag or f"checkpoint-{self.global_steps}")
-        with checkpoint.Writer(folder, is_coordinator=self.mesh.rank == 0) as writer:
-            barrier(self.mesh)
-            for stage in self.stages:
-                stage.write(writer)
-            barrier(self.mesh)
-            if self.mesh.rank == 0:
-                writer.finish(
-                    step=self.global_steps,
-                    bounds=self.plan.bounds,
-                    client_state={**(client_state or {}), "batch_id": self._batch_id},
-                    save_latest=save_latest,
-                    model_files=model_files,
-                )
-        barrier(self.mesh)
+        state = {**(client_state or {}), "batch_id": self._batch_id}
+        facts = Facts(
+            self.global_steps, self.plan.bounds, state, save_latest, model_files, on_saved
+        )
+        self._saves.save(self.stages, folder, facts, background=background)
         return folder
+
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is being written in the background. Every rank must call it.
+
+        Raises:
+            SaveError: A rank could not write its part; on every rank.
+        """
+        self._saves.wait()
 
     def load_checkpoint(
         self,
@@ -368,15 +266,18 @@ class Engine(EngineFacts):
         """Restore ``load_dir/tag`` (default: what ``latest`` names) into this engine's stages.
 
         ``load_module_only`` takes the weights and leaves optimizer and step count as they are.
+        Every rank must call it; every file is compared with its checksum before anything is loaded.
 
         Returns:
             The checkpoint's folder and the ``client_state`` it was saved with.
 
         Raises:
-            CheckpointError: Missing, incomplete, or of another model.
+            CheckpointError: Missing, incomplete, damaged, or of another model.
         """
         self.drain()
-        reader = checkpoint.Reader(checkpoint.resolve(Path(load_dir), tag))
+        self._saves.wait()
+        with_optimizer = load_optimizer_states and not load_module_only
+        reader = open_checkpoint(self.mesh, Path(load_dir), tag, with_optimizer=with_optimizer)
         reader.require_layers(self.plan.bounds[-1])
         if self.plan.method == "time" and tuple(reader.manifest["bounds"]) != self.plan.bounds:
             log.warning(
@@ -384,7 +285,6 @@ class Engine(EngineFacts):
                 "boundary moved start anew. To keep the cut, write it down as ranges.",
                 list(self.plan.bounds), reader.folder, reader.manifest["bounds"],
             )  # fmt: skip
-        with_optimizer = load_optimizer_states and not load_module_only
         for stage in self.stages:
             stage.read(reader, with_optimizer=with_optimizer)
         there = set(reader.names()) if int(reader.manifest["step"]) > 0 else set()

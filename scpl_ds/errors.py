@@ -37,3 +37,7 @@ class BoundaryError(ScplError, RuntimeError):
 
 class CheckpointError(ScplError, RuntimeError):
     """A checkpoint that is missing, incomplete, damaged, or belongs to another model."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; the one before is whole."""

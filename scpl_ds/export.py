@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from scpl_ds import __version__
-from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, write_text
+from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, stage_of, write_text
 from scpl_ds.errors import CheckpointError, RecipeError
+from scpl_ds.export_shards import INDEX, SHARD_BYTES, Shards, pieces
 from scpl_ds.partition._hf import auto_class, model_class
 from scpl_ds.partition.loading import export_state_dict, tied_weights
 from scpl_ds.partition.lora import (
@@ -30,7 +29,6 @@ from scpl_ds.partition.lora import (
 
 MODEL_FILES = "model"
 """Folder inside a run and inside a checkpoint: config.json and the tokenizer's files."""
-INDEX = "model.safetensors.index.json"
 HEADS_FILE = "scpl_heads.safetensors"
 HEADS_CONFIG = "scpl_heads.json"
 """Local heads beside an export, for ``EarlyExitModel``: transformers does not read them."""
@@ -80,13 +78,15 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def export_checkpoint(folder: Path, out: Path, *, task: str, merge: bool = False) -> Path:
+def export_checkpoint(
+    folder: Path, out: Path, *, task: str, merge: bool = False, max_shard_size: int = SHARD_BYTES
+) -> Path:
     """Write ``out`` so that plain ``AutoModel...from_pretrained(out)`` gives the trained model.
 
-    One safetensors file per stage and an index, read and written a stage at a time, under the names
-    the architecture's checkpoints have. Local heads lie beside in files of their own, which
-    transformers does not read. Needs no process group and no ``scpl_ds`` on the reading side.
-    ``out`` appears whole or not at all.
+    Safetensors files of at most ``max_shard_size`` bytes (or one larger tensor) and an index, under
+    the names the architecture's checkpoints have; no more than one of them is in memory. Local
+    heads lie beside in files of their own, which transformers does not read. Needs no process group
+    and no ``scpl_ds`` on the reading side. ``out`` appears whole or not at all.
 
     Of a run with ``model.lora`` it is an adapter, for ``PeftModel.from_pretrained(base, out)``, or
     with ``merge`` the whole model with the adapter added to its weights, which needs its memory.
@@ -104,6 +104,7 @@ def export_checkpoint(folder: Path, out: Path, *, task: str, merge: bool = False
             f"{folder} has no {MODEL_FILES}/config.json, so it cannot be exported. Checkpoints of "
             "`scpl-ds train` have one; after engine.save_checkpoint pass model_files=."
         )
+    reader.verify_model_files()
     adapted = (source / ADAPTER_CONFIG).is_file()
     _check_kind(reader, source / ADAPTER_CONFIG)
     if merge and not adapted:
@@ -118,9 +119,9 @@ def export_checkpoint(folder: Path, out: Path, *, task: str, merge: bool = False
         if adapted:
             _write_adapter(reader, partial)
         else:
-            _write_model(reader, partial, task)
+            _write_model(reader, partial, task, max_shard_size)
         if merge:
-            _merge(partial, task)
+            _merge(partial, task, max_shard_size)
         _write_heads(reader, partial)
         replace_folder(out, partial)
     except BaseException:
@@ -144,20 +145,21 @@ def _check_kind(reader: Reader, config: Path) -> None:
         raise CheckpointError(
             f"{reader.folder} has {MODEL_FILES}/{ADAPTER_CONFIG}, but none of its {len(names)} "
             "tensors is of an adapter, so it cannot be exported as one. If it is a whole model, "
-            f"remove {config}."
+            "leave that file out of the folder that engine.save_checkpoint gets as model_files=."
         )
 
 
-def _write_model(reader: Reader, out: Path, task: str) -> None:
+def _write_model(reader: Reader, out: Path, task: str, max_shard_size: int) -> None:
     """Weights, index and config.json into ``out``, which holds the run's config and tokenizer."""
     config = AutoConfig.from_pretrained(out)
     where = reader.manifest["tensors"]
     names = [name for name in where if not name.startswith(HEAD_PREFIX)]
     _untie(config, task, where)
-    files = sorted({where[name] for name in names})
-    own = ([name for name in names if where[name] == file] for file in files)
-    parts = (export_state_dict(config, task, reader.tensors(some)) for some in own)
-    _write_shards(config, task, out, parts, len(files))
+    shards = Shards(out, max_shard_size, _WRITTEN)
+    for piece in pieces(reader.sizes(names)):
+        shards.add(export_state_dict(config, task, reader.tensors(piece)))
+    shards.finish()
+    _write_config(config, task, out, shards)
 
 
 def _write_adapter(reader: Reader, out: Path) -> None:
@@ -167,37 +169,22 @@ def _write_adapter(reader: Reader, out: Path) -> None:
     (out / ADAPTER_WEIGHTS).chmod(0o644)
 
 
-def _merge(out: Path, task: str) -> None:
+def _merge(out: Path, task: str, max_shard_size: int) -> None:
     """Make of the adapter in ``out`` the whole model."""
     config = AutoConfig.from_pretrained(out)
     merged = load_adapted(out, task, config, merge=True).state_dict()
     tied = tied_weights(config, task)
-    tensors = export_state_dict(config, task, {n: t for n, t in merged.items() if n not in tied})
-    shards = split_torch_state_dict_into_shards(tensors).filename_to_tensors.values()
-    parts = ({name: tensors[name] for name in names} for names in shards)
-    _write_shards(config, task, out, parts, len(shards))
+    shards = Shards(out, max_shard_size, _WRITTEN)
+    shards.add(export_state_dict(config, task, {n: t for n, t in merged.items() if n not in tied}))
+    shards.finish()
+    _write_config(config, task, out, shards)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         (out / name).unlink()
 
 
-def _write_shards(
-    config: PretrainedConfig, task: str, out: Path, parts: Iterable[dict[str, Tensor]], count: int
-) -> None:
-    weight_map: dict[str, str] = {}
-    dtypes: set[str] = set()
-    total = 0
-    for number, tensors in enumerate(parts, 1):
-        shard = f"model-{number:05d}-of-{count:05d}.safetensors"
-        save_file(tensors, out / shard, metadata={"format": "pt"})
-        (out / shard).chmod(0o644)
-        weight_map |= dict.fromkeys(tensors, shard)
-        dtypes |= {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-    metadata = {"total_size": total, **_WRITTEN}
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(out / INDEX, json.dumps(index, indent=2))
+def _write_config(config: PretrainedConfig, task: str, out: Path, shards: Shards) -> None:
     config.architectures = [model_class(config, task).__name__]
-    config.dtype = dtypes.pop() if len(dtypes) == 1 else None
+    config.dtype = next(iter(shards.dtypes)) if len(shards.dtypes) == 1 else None
     config.save_pretrained(out)
 
 
@@ -219,12 +206,14 @@ def _write_heads(reader: Reader, out: Path) -> None:
 def _untie(config: PretrainedConfig, task: str, where: Mapping[str, str]) -> None:
     """Clear ``tie_word_embeddings`` where the two matrices were trained by different stages.
 
-    ``where``: tensor name -> the file of its stage.
+    ``where``: tensor name -> a file of its stage.
     """
     apart = [
         (target, source)
         for target, source in tied_weights(config, task).items()
-        if target in where and source in where and where[target] != where[source]
+        if target in where
+        and source in where
+        and stage_of(where[target]) != stage_of(where[source])
     ]
     if apart:
         for part in (config, config.get_text_config()):

@@ -195,6 +195,17 @@ class TrainSection(Section):
     """Optimizer steps between two checkpoints; with ``steps`` alone, 500."""
     save_total_limit: Count | None = None
     """Checkpoints to keep, the latest; without it, all."""
+    save_async: bool = False
+    """Write checkpoints in a thread while the run goes on, once their tensors have been copied to
+    the host's memory, which needs room for them; the next one, and the end, waits for it."""
+    load_best_model_at_end: bool = False
+    """Export, and score at the end, the best checkpoint instead of the last; it is never removed by
+    ``save_total_limit``. Evaluations and checkpoints must fall on the same steps."""
+    metric_for_best_model: str | None = None
+    """Which number of an evaluation: ``loss`` (default), ``accuracy``, ``perplexity``,
+    ``token_accuracy``; ``eval_`` before it is allowed. With ``load_best_model_at_end``."""
+    greater_is_better: bool | None = None
+    """Default: not for names that end with ``loss`` or ``perplexity``."""
     resume_from_checkpoint: Annotated[bool | Path, BeforeValidator(_bool_or_text)] = False
     """``true``: go on from the latest checkpoint in ``output_dir``; a path: from that one."""
     seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(not_bool)] = 42
@@ -281,6 +292,7 @@ class TrainSection(Section):
                         f"(on the command line: train.{what}_steps=null)",
                     )
                 )
+        problems += self._best_problems()
         if self.warmup_steps and self.warmup_ratio:
             problems.append(Problem("warmup_ratio", "set warmup_steps or warmup_ratio, not both"))
         if self.profile_steps[0] > self.profile_steps[1]:
@@ -290,3 +302,30 @@ class TrainSection(Section):
         if problems:
             raise nested(problems)
         return self
+
+    @property
+    def best_is_greatest(self) -> bool:
+        """Whether the best evaluation has the greatest number."""
+        name = self.metric_for_best_model or "loss"
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not name.endswith(("loss", "perplexity"))
+
+    def _best_problems(self) -> list[Problem]:
+        if not self.load_best_model_at_end:
+            alone = [
+                k
+                for k in ("metric_for_best_model", "greater_is_better")
+                if getattr(self, k) is not None
+            ]
+            return [Problem(k, "has no effect without load_best_model_at_end: true") for k in alone]
+        key, steps = "load_best_model_at_end", (self.save_steps or 0) % (self.eval_steps or 1)
+        if self.eval_strategy != self.save_strategy or self.eval_strategy == "no":
+            found = f"eval_strategy: {self.eval_strategy} and save_strategy: {self.save_strategy}"
+            text = f"needs an evaluation at every checkpoint; make both steps or epoch, not {found}"
+            return [Problem(key, text)]
+        if self.eval_strategy == "steps" and steps:
+            found = f"save_steps: {self.save_steps} and eval_steps: {self.eval_steps}"
+            text = f"needs an evaluation at every checkpoint; {found} do not fall together"
+            return [Problem(key, text)]
+        return []

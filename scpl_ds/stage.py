@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scpl_ds.batch import MicroBatch
-from scpl_ds.checkpoint import Reader, Writer
+from scpl_ds.checkpoint import Reader, Share, share_out
 from scpl_ds.errors import DataError
 from scpl_ds.objectives._base import Objective, StageView
 from scpl_ds.objectives._targets import task_loss
@@ -308,11 +308,20 @@ class Stage:
         """Whole optimizer state under checkpoint names (a collective of the stage)."""
         return _rename_state(self.backend.optimizer_state(), self.module.checkpoint_names())
 
-    def write(self, writer: Writer) -> None:
-        """Add this stage to a checkpoint (a collective of the stage; its first rank writes)."""
-        tensors, state = self.parameters_by_name(), self.optimizer_state()
-        if self.backend.mesh.dp_rank == 0:
-            writer.write_stage(self.index, tensors, state)
+    def share(self) -> Share:
+        """What this rank writes of the stage into a checkpoint (a collective of the stage).
+
+        Parameters are shared out over the data-parallel ranks, with their moments. Buffers are the
+        first rank's: those of an objective differ from rank to rank, and belong together.
+        """
+        rank, ranks = self.backend.mesh.dp_rank, self.backend.mesh.dp_size
+        names, learned = self.module.checkpoint_names(), dict(self.module.named_parameters())
+        sizes = {name: self.backend.shapes[name].numel() for name in names if name in learned}
+        owner = share_out(sizes, ranks)
+        keep = {name for name in names if owner.get(name, 0) == rank}
+        tensors = _rename(self.backend.parameters_by_name(names.keys(), keep=keep), names)
+        state = _rename_state(self.backend.optimizer_state(keep=keep), names)
+        return Share(self.index, tensors, state, rank, ranks)
 
     def read(self, reader: Reader, *, with_optimizer: bool = True) -> None:
         """Take this stage's tensors, and optimizer state, from a checkpoint, whatever its cut.

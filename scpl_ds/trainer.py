@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 
 from scpl_ds import checkpoint, export
 from scpl_ds.build_checks import refuse_idle
-from scpl_ds.data.prepared import Data, make_loaders, saved_position, whole_eval_loader
+from scpl_ds.data.prepared import Data, make_loaders, saved_position
 from scpl_ds.distributed.collectives import barrier, broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
-from scpl_ds.evaluation import diagnose, evaluate, score_model
+from scpl_ds.evaluation import diagnose, evaluate
 from scpl_ds.generation import Samples
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
@@ -41,6 +41,8 @@ from scpl_ds.setup import (
     together,
 )
 from scpl_ds.trackers._base import TrackerSet
+from scpl_ds.trainer_best import Best
+from scpl_ds.trainer_end import export_run, named, score_export
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class Run:
             mesh, lambda: make_loaders(recipe, self.data, mesh, device)
         )
         self.progress = Progress.of(recipe, self.train_loader, mesh.dp_size)
-        self.memory = MemoryWatch(device)
+        self.memory, self.best = MemoryWatch(device), Best(recipe.train)
         self.engine: Engine = together(
             mesh,
             lambda: make_engine(
@@ -152,6 +154,7 @@ class Run:
                 "with engine.load_checkpoint, or export it and start from the export."
             )
         self.train_loader.restore(state["data"])
+        self.best.restore(state.get("best"), folder.parent)
         if state.get("fingerprint") != self.recipe.fingerprint() and self.is_main:
             log.warning(
                 "The recipe is not the one %s was saved under (%s): the run goes on with the new "
@@ -315,29 +318,37 @@ class Run:
             else:
                 score = evaluate(self.engine, self.eval_loader)
             self.last_eval = score.metrics()
+            together(self.mesh, lambda: self.best.scored(step, self.last_eval))
             self.report.show()
             self.trackers.log({**self.last_eval, **more}, step)
         if self.samples is not None:
             self.trackers.texts("samples", self.samples.take(self.engine), step)
 
     def _save(self, step: int) -> None:
-        train = self.recipe.train
+        train, run = self.recipe.train, self.folder.path
+        on_saved = self.best.saving(step, run, train.save_total_limit)
         state = {
             "data": saved_position(self.train_loader, self.mesh),
             "fingerprint": self.recipe.fingerprint(),
             "recipe": self.recipe.to_mapping(),
             "versions": versions(),
+            "best": self.best.state(),
         }
-        self.engine.save_checkpoint(
-            self.folder.path, client_state=state, model_files=self.folder.model_files
+        together(
+            self.mesh,
+            lambda: self.engine.save_checkpoint(
+                run,
+                client_state=state,
+                model_files=self.folder.model_files,
+                background=train.save_async,
+                on_saved=on_saved,
+            ),
         )
-        if self.is_main:
-            checkpoint.prune(self.folder.path, train.save_total_limit)
-            log.info("saved checkpoint-%d", step)
 
     # -- after the last step ---------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
+        together(self.mesh, self.engine.finish_saving)
         totals = self.report.finish(self.folder)
         if self.is_main and self.engine.global_steps > self.progress.done:
             work = Workload.of(self.recipe, self.model, self.device.type)
@@ -350,9 +361,10 @@ class Run:
         result: dict[str, Any] = {}
         if self.is_main:
             result = {
-                **_named(final, "eval"),
+                **named(final, "eval"),
                 "majority_accuracy": self.data.facts.majority_accuracy,
-                **_named(self.last_eval, "stage_eval"),
+                **named(self.last_eval, "stage_eval"),
+                **self.best.result(),
                 "stages": stages,
                 "ranks": self.mesh.world_size,
                 "steps": steps,
@@ -377,22 +389,10 @@ class Run:
         """On rank 0; the others wait."""
         if not (self.is_main and self.recipe.train.export):
             return None
-        latest = checkpoint.resolve(self.folder.path)
-        return export.export_checkpoint(latest, self.recipe.export_dir, task=self.recipe.model.task)
+        return export_run(self.recipe, self.folder.path, self.best.checkpoint)
 
     def _final_score(self, exported: Path | None) -> dict[str, float]:
-        """Of the export, loaded as anybody would and scored on all evaluation data by rank 0; the
-        stages' where there is none."""
+        """Of the export, by rank 0; the stages' where there is none."""
         if exported is None or self.data.facts.num_eval == 0:
             return self.last_eval
-        log.info("scoring the exported model on %d samples", self.data.facts.num_eval)
-        model = export.load_exported(exported, self.recipe.model.task)
-        whole = whole_eval_loader(self.recipe, self.data)
-        return score_model(model, whole, self.device).metrics()
-
-
-def _named(score: Mapping[str, float], prefix: str) -> dict[str, float | None]:
-    """The number that says how good a model is, for ``result.json``: ``eval_accuracy``, or
-    ``eval_perplexity`` of a language model."""
-    name = "perplexity" if "val/perplexity" in score else "accuracy"
-    return {f"{prefix}_{name}": score.get(f"val/{name}")}
+        return score_export(exported, self.recipe, self.data, self.device)

@@ -106,13 +106,16 @@ class StageBackend(abc.ABC):
         """Forget the gradients of a step that will not be finished."""
 
     @abc.abstractmethod
-    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
+    def parameters_by_name(
+        self, names: Collection[str], *, keep: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """Whole fp32 parameters and persistent buffers of those names, on the CPU (a collective of
-        the stage)."""
+        the stage). With ``keep``, this rank gets those only, and never has room for the rest."""
 
     @abc.abstractmethod
-    def optimizer_state(self) -> OptimizerState:
-        """Whole optimizer state on the CPU (a collective of the stage)."""
+    def optimizer_state(self, *, keep: Collection[str] | None = None) -> OptimizerState:
+        """Whole optimizer state on the CPU (a collective of the stage); with ``keep``, this rank
+        gets the moments of those parameters only."""
 
     @abc.abstractmethod
     def load_optimizer_state(self, state: OptimizerState) -> None:
@@ -159,15 +162,19 @@ def plain_optimizer_state(
     optimizer: torch.optim.Optimizer,
     *,
     whole: Callable[[Tensor], Tensor] = copy_on_cpu,
+    keep: Collection[str] | None = None,
 ) -> OptimizerState:
-    """The state of a torch optimizer, by parameter name; ``whole`` copies one tensor of it."""
+    """The state of a torch optimizer, by parameter name; ``whole`` copies one tensor of it, and is
+    called for those too that are not in ``keep``."""
     step, moments = 0, {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if key == "step":
                 step = max(step, int(value))
             elif torch.is_tensor(value):
-                moments.setdefault(key, {})[name] = whole(value)
+                copied = whole(value)
+                if keep is None or name in keep:
+                    moments.setdefault(key, {})[name] = copied
     return OptimizerState(step, moments)
 
 

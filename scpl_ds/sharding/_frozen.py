@@ -55,11 +55,13 @@ class FrozenBackend(StageBackend):
     def discard(self) -> None:
         """Nothing to forget."""
 
-    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
+    def parameters_by_name(
+        self, names: Collection[str], *, keep: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         tensors = self.module.state_dict()
-        return {name: copy_on_cpu(tensors[name]) for name in names}
+        return {n: copy_on_cpu(tensors[n]) for n in names if keep is None or n in keep}
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self, *, keep: Collection[str] | None = None) -> OptimizerState:
         return OptimizerState(0, {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:

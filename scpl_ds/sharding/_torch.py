@@ -132,12 +132,18 @@ class TorchBackend(StageBackend):
         """What this rank keeps of a moment, made of the whole."""
         return copy_beside(parameter, whole)
 
-    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
-        tensors = self.module.state_dict()
-        return {name: self.whole(tensors[name]) for name in names}
+    def parameters_by_name(
+        self, names: Collection[str], *, keep: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        tensors, found = self.module.state_dict(), {}
+        for name in names:
+            whole = self.whole(tensors[name])
+            if keep is None or name in keep:
+                found[name] = whole
+        return found
 
-    def optimizer_state(self) -> OptimizerState:
-        state = plain_optimizer_state(self.module, self.optimizer, whole=self.whole)
+    def optimizer_state(self, *, keep: Collection[str] | None = None) -> OptimizerState:
+        state = plain_optimizer_state(self.module, self.optimizer, whole=self.whole, keep=keep)
         scale = self._scaler.get_scale() if self._scaler.is_enabled() else None
         return dataclasses.replace(state, loss_scale=scale)
 

@@ -188,7 +188,9 @@ class DeepSpeedBackend(StageBackend):
 
     # -- state -----------------------------------------------------------------------------
 
-    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
+    def parameters_by_name(
+        self, names: Collection[str], *, keep: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         tensors, result = self.module.state_dict(keep_vars=True), {}
@@ -199,8 +201,9 @@ class DeepSpeedBackend(StageBackend):
             if whole is None:
                 with self._whole(tensor):
                     whole = tensor.detach().to("cpu", copy=True)
-            whole = whole.detach().to("cpu", copy=True).view(self.shapes[name])
-            result[name] = whole.float() if whole.is_floating_point() else whole
+            if keep is None or name in keep:
+                whole = whole.detach().to("cpu", copy=True).view(self.shapes[name])
+                result[name] = whole.float() if whole.is_floating_point() else whole
         return result
 
     def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
@@ -243,9 +246,9 @@ class DeepSpeedBackend(StageBackend):
         if zero._swappable_optimizer_subgroup(group):
             zero._optimizer_states_and_gradient_swap_out(group)
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self, *, keep: Collection[str] | None = None) -> OptimizerState:
         if not self._zero_stage:
-            return plain_optimizer_state(self.module, self.optimizer)
+            return plain_optimizer_state(self.module, self.optimizer, keep=keep)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         scale = float(self.optimizer.loss_scale) if self.section.precision == "fp16" else None
@@ -261,6 +264,8 @@ class DeepSpeedBackend(StageBackend):
             for key in keys:
                 whole = safe_get_full_optimizer_state(parameter, key)
                 assert whole is not None, f"DeepSpeed has no {key} for {name}"
+                if keep is not None and name not in keep:
+                    continue
                 moments[key][name] = whole.detach().to("cpu", copy=True).view(self.shapes[name])
         return OptimizerState(step, moments, scale)
 

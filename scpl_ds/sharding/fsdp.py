@@ -131,13 +131,15 @@ class FsdpBackend(TorchBackend):
 
     # -- state, whole ----------------------------------------------------------------------
 
-    def parameters_by_name(self, names: Collection[str]) -> dict[str, Tensor]:
+    def parameters_by_name(
+        self, names: Collection[str], *, keep: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         self._reshard()
-        return super().parameters_by_name(names)
+        return super().parameters_by_name(names, keep=keep)
 
-    def optimizer_state(self) -> OptimizerState:
+    def optimizer_state(self, *, keep: Collection[str] | None = None) -> OptimizerState:
         self._reshard()
-        return super().optimizer_state()
+        return super().optimizer_state(keep=keep)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         self._reshard()

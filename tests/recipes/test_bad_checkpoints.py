@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import RobertaConfig
 
+from scpl_ds.checkpoint_files import seal
 from scpl_ds.cli import main
 from tests.support import tiny
 from tests.support.tiny import bert_config, recipe_for, train
@@ -84,7 +86,9 @@ def garbage_manifest(folder: Path) -> None:
 
 def other_format(folder: Path) -> None:
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    path.write_text(seal({**manifest, "format": 99}))
 
 
 def truncated(folder: Path) -> None:
@@ -101,6 +105,18 @@ def same_size_but_damaged(folder: Path) -> None:
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
 
 
+def one_bit_of_a_weight(folder: Path) -> None:
+    path = folder / "stage-0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 16
+    path.write_bytes(data)
+
+
+def one_bit_of_the_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 8', '"step": 9'))
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
@@ -109,7 +125,9 @@ def same_size_but_damaged(folder: Path) -> None:
         (other_format, "has checkpoint format 99"),
         (truncated, "stage-1.safetensors has"),
         (a_file_less, "stage-0.optimizer.safetensors has no bytes"),
-        (same_size_but_damaged, "stage-1.safetensors cannot be read"),
+        (same_size_but_damaged, "stage-1.safetensors is damaged: its checksum is"),
+        (one_bit_of_a_weight, "stage-0.safetensors is damaged: its checksum is"),
+        (one_bit_of_the_manifest, "manifest.json is damaged: its checksum is not"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(
@@ -124,8 +142,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(
     assert train(recipe, f"train.resume_from_checkpoint={copy / 'checkpoint-8'}") == 2
     said = capsys.readouterr().err
     assert word in said and said.count("scpl-ds: CheckpointError") == 1
-    if damage is not other_format:
-        assert f"Resume with train.resume_from_checkpoint={copy / 'checkpoint-6'}" in said
+    assert f"Resume with train.resume_from_checkpoint={copy / 'checkpoint-6'}" in said
     assert not (tmp_path / "run").exists()
     bad = str(copy / "checkpoint-8")
     before = sorted(path.name for path in tmp_path.iterdir())

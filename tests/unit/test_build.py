@@ -543,7 +543,7 @@ def test_an_engine_that_loads_goes_on_as_the_one_that_saved(sharding: str, tmp_p
         first.train_batch(iter([batch]))
     folder = first.save_checkpoint(tmp_path, client_state={"note": "mine"})
     assert folder == tmp_path / "checkpoint-2"
-    assert (tmp_path / "latest").read_text() == "checkpoint-2"
+    assert (tmp_path / "latest").read_text().split()[0] == "checkpoint-2"
     first.save_checkpoint(tmp_path, tag="best", save_latest=False)
     for batch in batches[2:]:
         first.train_batch(iter([batch]))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from scpl_ds import checkpoint
-from scpl_ds.checkpoint import Reader, Writer
+from scpl_ds.checkpoint import Reader, Share, Writer
+from scpl_ds.checkpoint_files import seal
 from scpl_ds.errors import CheckpointError
 from scpl_ds.optim import OptimizerState
 
@@ -30,10 +31,18 @@ def moments(part: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def save(folder: Path, *, step: int = 3, **finish: Any) -> Path:
     with Writer(folder, is_coordinator=True) as writer:
         for index, part in enumerate(PARTS):
-            writer.write_stage(index, part, OptimizerState(step, moments(part)))
+            writer.write_stage(Share(index, part, OptimizerState(step, moments(part))))
         given = {"bounds": (0, 2, 4), "client_state": {"seen": 5}, "save_latest": True}
         writer.finish(step=step, **{**given, **finish})
     return folder
+
+
+def as_format_1(folder: Path) -> None:
+    """What versions without checksums wrote."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["checksums"], manifest["checksum"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}, indent=1))
+    (folder.parent / "latest").write_text(folder.name)
 
 
 def test_tensors_come_back_by_name_whatever_file_they_are_in(tmp_path: Path):
@@ -97,7 +106,7 @@ def test_a_kill_in_the_middle_leaves_the_one_before_as_the_latest(tmp_path: Path
     save(tmp_path / "checkpoint-3")
     writer = Writer(tmp_path / "checkpoint-4", is_coordinator=True)
     writer.__enter__()  # and never left
-    writer.write_stage(0, PARTS[0], OptimizerState(4, {}))
+    writer.write_stage(Share(0, PARTS[0], OptimizerState(4, {})))
     assert checkpoint.resolve(tmp_path) == tmp_path / "checkpoint-3"
 
 
@@ -120,7 +129,7 @@ def killed_while_replacing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     writer = Writer(folder, is_coordinator=True)
     writer.__enter__()  # and never left
     for index, part in enumerate(PARTS):
-        writer.write_stage(index, part, OptimizerState(9, moments(part)))
+        writer.write_stage(Share(index, part, OptimizerState(9, moments(part))))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Path, "rename", until_the_second)
         writer.finish(step=9, bounds=(0, 2, 4), client_state={}, save_latest=True)
@@ -205,7 +214,7 @@ def test_a_latest_that_is_gone_means_the_last_complete_one_and_a_warning(
 def test_save_latest_false_leaves_latest_alone(tmp_path: Path):
     save(tmp_path / "checkpoint-3")
     save(tmp_path / "best", step=4, save_latest=False)
-    assert (tmp_path / "latest").read_text() == "checkpoint-3"
+    assert (tmp_path / "latest").read_text().split()[0] == "checkpoint-3"
     assert checkpoint.resolve(tmp_path, "best") == tmp_path / "best"
 
 
@@ -229,7 +238,12 @@ def test_prune_without_a_limit_keeps_all(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("[]", "holds no mapping"), ("{", "is damaged"), (json.dumps({"format": 2}), "format 2")],
+    [
+        ("[]", "holds no mapping"),
+        ("{", "is damaged"),
+        (seal({"format": 9}), "format 9"),
+        ("[" * 100_000, "is damaged"),
+    ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str, word: str):
     folder = save(tmp_path / "checkpoint-3")
@@ -252,7 +266,8 @@ def test_a_manifest_that_lacks_something_is_refused(tmp_path: Path, key: str, va
     manifest[key] = value
     if value is None:
         del manifest[key]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["checksum"]
+    (folder / "manifest.json").write_text(seal(manifest))
     with pytest.raises(CheckpointError, match=f"manifest.json is damaged: '{key}' is missing or"):
         Reader(folder)
 
@@ -262,6 +277,9 @@ def test_a_damaged_optimizer_file_is_refused(tmp_path: Path):
     folder = save(tmp_path / "checkpoint-3")
     path = folder / "stage-1.optimizer.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"stage-1.optimizer.safetensors is damaged"):
+        Reader(folder).optimizer_state(["b.weight"])
+    as_format_1(folder)
     with pytest.raises(CheckpointError, match=r"stage-1.optimizer.safetensors cannot be read"):
         Reader(folder).optimizer_state(["b.weight"])
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from scpl_ds import export
-from scpl_ds.checkpoint import Writer
+from scpl_ds import export_shards
+from scpl_ds.checkpoint import Share, Writer
 from scpl_ds.errors import CheckpointError
 from scpl_ds.export import export_checkpoint, load_exported
 from scpl_ds.optim import OptimizerState
@@ -40,7 +40,7 @@ def checkpoint_of(
             tensors = {n: t.detach().clone() for n, t in stage.hf_state_dict().items()}
             if len(bounds) > 2 and "lm_head.weight" in tensors:
                 tensors["lm_head.weight"] += 1.0
-            writer.write_stage(index, tensors, OptimizerState(1, {}))
+            writer.write_stage(Share(index, tensors, OptimizerState(1, {})))
             everything |= tensors
         writer.finish(
             step=1, bounds=bounds, client_state={}, save_latest=True, model_files=model_files(path)
@@ -101,9 +101,19 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path):
     file = tmp_path / "checkpoint-1" / "stage-1.safetensors"
     file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
     before = names(tmp_path)
-    with pytest.raises(CheckpointError, match=r"stage-1\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"stage-1\.safetensors is damaged"):
         export_checkpoint(tmp_path / "checkpoint-1", tmp_path / "out", task=TASK)
     assert names(tmp_path) == before
+
+
+def test_a_changed_config_is_refused(tmp_path: Path):
+    """Another size, or another activation, would be exported as if it had been trained."""
+    checkpoint_of(tmp_path, "llama", (0, 1, 3))
+    file = tmp_path / "checkpoint-1" / "model" / "config.json"
+    file.write_bytes(file.read_bytes().replace(b"silu", b"selu"))
+    with pytest.raises(CheckpointError, match=r"model/config\.json is damaged: its checksum"):
+        export_checkpoint(tmp_path / "checkpoint-1", tmp_path / "out", task=TASK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_export_leaves_the_one_before_whole(
@@ -116,7 +126,7 @@ def test_a_failed_export_leaves_the_one_before_whole(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "save_file", interrupted)
+    monkeypatch.setattr(export_shards, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(tmp_path / "checkpoint-1", out, task=TASK)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
