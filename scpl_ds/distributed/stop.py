@@ -72,8 +72,7 @@ class CommonStop:
         if self._mesh.rank == 0:
             if self._store.check([self._asked_key]):
                 self.reason = self._store.get(self._asked_key).decode()
-                ahead = 0 if self._mesh.world_size == 1 else self._ahead
-                self._at = done + ahead
+                self._at = done + self._ahead
                 self._store.set(self._at_key, f"{self._at} {self.reason}")
                 self._store.check([self._at_key])  # a set returns before the store has it
         elif self._store.check([self._at_key]):

@@ -65,6 +65,7 @@ class Watch:
         self._mesh, self._log_of, self._grace_s = mesh, log_of, grace_s
         self._alone = mesh.world_size == 1
         self._stages: list[Sequence[int]] = []
+        self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
         self._failed = threading.Event()
         self._local: Failure | None = None
@@ -83,8 +84,10 @@ class Watch:
         self._group = mesh.new_group(None, backend="gloo")
         self._word = torch.zeros(1)
         arriving = dist.irecv(self._word, self._next, group=self._group)
-        for work in ((self._listen, arriving), (self._look,)):
-            threading.Thread(target=work[0], args=work[1:], daemon=True).start()
+        listen = threading.Thread(target=self._listen, args=(arriving,), daemon=True)
+        self._threads = [listen, threading.Thread(target=self._look, daemon=True)]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -116,6 +119,8 @@ class Watch:
         previous = (self._mesh.rank - 1) % self._mesh.world_size
         with contextlib.suppress(RuntimeError):  # it has parted already
             dist.isend(torch.ones(1), previous, group=self._group).wait()  # pyright: ignore
+        for thread in self._threads:  # Python must not end while one of them is outside it
+            thread.join(self._grace_s)
 
     def _give_up(self, error: BaseException) -> None:
         lost = isinstance(error, BoundaryError | dist.DistError) or type(error) is RuntimeError

@@ -87,7 +87,7 @@ def test_a_rank_that_waits_where_nobody_answers_is_ended(tmp_path: Path, killed:
 def test_ranks_that_end_at_different_times_miss_nobody() -> None:
     mesh = Mesh(RANKS, 1, "cpu", timeout_s=25)
     for _ in range(3):
-        with Watch(mesh, log_of=lambda rank: Path(f"rank{rank}.log"), grace_s=0) as watch:
+        with Watch(mesh, log_of=lambda rank: Path(f"rank{rank}.log"), grace_s=30) as watch:
             if mesh.rank == 2:
                 time.sleep(0.1)
         assert watch._local is None and not watch._told()
