@@ -67,24 +67,27 @@ def main(args: argparse.Namespace, save: Callable[[Any], None]) -> str:
         ScplError: A run failed although nobody was killed.
     """
     draw, figures = random.Random(args.seed), Figures()
+    torch.set_num_threads(1)  # a fork would inherit the locks of threads, but not the threads
     with tempfile.TemporaryDirectory(prefix="scpl-chaos-") as name:
         folder = Path(name)
         _write_inputs(folder)
         began = time.monotonic()
-        _Life(folder, "whole").wait()
+        with _Life(folder, "whole") as life:
+            life.wait()
         whole_s = time.monotonic() - began
         wanted = _result(folder / "whole")
         log.info("an uninterrupted run took %.1f s; now %d kills", whole_s, args.kills)
         while figures.kills < args.kills or figures.runs == 0:
             run = f"run-{figures.runs}"
             while figures.kills < args.kills:
-                life = _Life(folder, run)
-                if not _kill(life, draw, whole_s, figures):
-                    break
+                with _Life(folder, run) as life:
+                    if not _kill(life, draw, whole_s, figures):
+                        break
                 save(dataclasses.asdict(figures))
                 log.info("%s", json.dumps(dataclasses.asdict(figures)))
             else:
-                _Life(folder, run).wait()
+                with _Life(folder, run) as life:
+                    life.wait()
             figures.runs += 1
             equal = _same(_result(folder / run), wanted)
             figures.bitwise_equal = equal and figures.bitwise_equal is not False
@@ -108,6 +111,14 @@ class _Life:
             process = fork.Process(target=_rank, args=(self.recipe, rank, store, file), daemon=True)
             process.start()
             self.ranks.append(process)
+
+    def __enter__(self) -> _Life:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
 
     def running(self) -> bool:
         return all(rank.exitcode is None for rank in self.ranks)
@@ -174,7 +185,10 @@ def _next_save(life: _Life) -> None:
     """Until something changes among the checkpoints."""
 
     def seen() -> set[str]:
-        return {name for name in os.listdir(life.run) if "checkpoint-" in name}
+        try:
+            return {name for name in os.listdir(life.run) if "checkpoint-" in name}
+        except FileNotFoundError:  # just being moved aside
+            return set()
 
     first = seen()
     while life.running() and seen() == first:

@@ -135,9 +135,9 @@ class Watch:
             ) from error
         if self._stages:
             error.add_note(f"This is {self._name(self._mesh.rank)}; {self._where(own.rank)}.")
-        if not isinstance(error, ScplError):
+        if not isinstance(error, ScplError):  # those are told by whoever catches them
             log.error("%s failed: %s; %s", self._name(own.rank), own.text, self._where(own.rank))
-        log.debug("traceback of the failure", exc_info=error)
+            log.debug("traceback of the failure", exc_info=error)
         if self._mesh.rank == 0:
             time.sleep(4 * _POLL_S)  # the store may end with this process
 
