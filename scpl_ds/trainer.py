@@ -246,7 +246,6 @@ class Run:
         if self.saved != step:
             with self.report.paused():
                 self._save(step)
-        self.report.show()
         reason, total = self.guard.stop.reason, self.progress.total_steps
         folder = self.folder.path / f"checkpoint-{step}"
         if self.is_main:
