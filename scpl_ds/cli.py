@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from scpl_ds import __version__
 from scpl_ds.bench import commands as commands_of_bench
-from scpl_ds.errors import BoundaryError, OtherRankFailed, RecipeError, SaveError, ScplError
+from scpl_ds.errors import FAILED_RUN, OtherRankFailed, RecipeError, ScplError
 
 if TYPE_CHECKING:
     from scpl_ds.run_folder import RunFolder
@@ -362,8 +362,9 @@ def _report(error: ScplError) -> int:
         time.sleep(_GRACE_S)
     else:
         where = f" [rank {_rank()}]" if _rank() else ""
-        sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}\n")
-    return 1 if isinstance(error, BoundaryError | SaveError) else 2
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}{notes}\n")
+    return 1 if isinstance(error, FAILED_RUN) else 2
 
 
 def _in_a_world() -> bool:

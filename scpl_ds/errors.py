@@ -35,9 +35,17 @@ class BoundaryError(ScplError, RuntimeError):
     expected."""
 
 
+class DivergenceError(ScplError, ArithmeticError):
+    """A loss or a gradient that is no number any more: the run would go on with broken weights."""
+
+
 class CheckpointError(ScplError, RuntimeError):
     """A checkpoint that is missing, incomplete, damaged, or belongs to another model."""
 
 
 class SaveError(CheckpointError):
     """A checkpoint that could not be written; the one before is whole."""
+
+
+FAILED_RUN = (BoundaryError, DivergenceError, SaveError)
+"""Of a run that had begun: exit code 1. The others are found before anything is trained: 2."""

@@ -131,7 +131,9 @@ class ModelSection(Section):
 
 def _bool_or_text(value: Any) -> Any:
     if not isinstance(value, bool | str | Path):
-        raise ValueError(f"must be true, false or the folder of a checkpoint, got {show(value)}")
+        raise ValueError(
+            f"must be true, false, auto or the folder of a checkpoint, got {show(value)}"
+        )
     return value if isinstance(value, bool) else os.path.expanduser(value)
 
 
@@ -206,8 +208,11 @@ class TrainSection(Section):
     ``token_accuracy``; ``eval_`` before it is allowed. With ``load_best_model_at_end``."""
     greater_is_better: bool | None = None
     """Default: not for names that end with ``loss`` or ``perplexity``."""
-    resume_from_checkpoint: Annotated[bool | Path, BeforeValidator(_bool_or_text)] = False
-    """``true``: go on from the latest checkpoint in ``output_dir``; a path: from that one."""
+    resume_from_checkpoint: Annotated[
+        bool | Literal["auto"] | Path, BeforeValidator(_bool_or_text)
+    ] = False
+    """``true``: go on from the latest checkpoint in ``output_dir``; a path: from that one;
+    ``auto``: from the latest if there is a complete one, else anew, for restarts by a launcher."""
     seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(not_bool)] = 42
     """Seed of new weights, data order and dropout."""
     dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0

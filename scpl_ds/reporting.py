@@ -137,10 +137,12 @@ class Reporter:
         self._window = totals
         self._mailbox.post(step, values)
 
-    def show(self) -> None:
-        """Give the trackers the steps that have reached every rank."""
-        for step, values in self._mailbox.poll():
+    def show(self) -> list[tuple[int, dict[str, float]]]:
+        """Give the trackers the steps that have reached every rank; returns them, on rank 0."""
+        arrived = self._mailbox.poll()
+        for step, values in arrived:
             self.trackers.log(values, step)
+        return arrived
 
     def finish(self, folder: RunFolder) -> RunTotals:
         """After the last step, on every rank (waits): the totals, and the profile's files."""

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scpl_ds import lock as lock_file
 from scpl_ds.checkpoint import write_text
 from scpl_ds.errors import RecipeError
+from scpl_ds.lock import RunLock
 from scpl_ds.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
@@ -79,14 +81,21 @@ class RunFolder:
                 "be overwritten. Name a folder of its own, such as runs/mine."
             )
 
-    def prepare(self, recipe: Recipe, *, resuming: bool) -> None:
-        """Make the folder on the coordinating rank; an earlier run there is moved aside, not
-        lost."""
+    def prepare(self, recipe: Recipe, *, resuming: bool, lock: RunLock) -> None:
+        """Make the folder on the coordinating rank, and take its lock; an earlier run there is
+        moved aside, not lost.
+
+        Raises:
+            RecipeError: Another run is training in it.
+        """
         if not resuming and self.is_run():
+            lock.take()
             aside = self._free_name()
             self.path.resolve().rename(aside)
+            (aside / lock_file.NAME).unlink()
             log.warning("%s held an earlier run; it is kept as %s.", self.path, aside)
         self.path.mkdir(parents=True, exist_ok=True)
+        lock.take()
         write_text(self.recipe, recipe.to_yaml())
 
     def _free_name(self) -> Path:

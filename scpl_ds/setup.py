@@ -16,6 +16,7 @@ from scpl_ds.build import build_engine
 from scpl_ds.build_checks import stage_section
 from scpl_ds.build_plan import plan_stages
 from scpl_ds.build_times import Stopwatch, from_rank_0
+from scpl_ds.checkpoint_resume import asked_for
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.prepared import Data, Facts, read
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
@@ -114,10 +115,9 @@ def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Dat
 def _with_cut(recipe: Recipe, facts: Facts, trained: Path | None) -> Facts:
     """What ``scpl.partition: time`` cuts by. Times are never the same twice, so a run that goes on
     keeps the cut of its checkpoint: another one would give other numbers."""
-    resume = recipe.train.resume_from_checkpoint
     folder = None if trained is None else trained.parent
-    if folder is None and resume is not False:
-        folder = checkpoint.resolve(recipe.output_dir if resume is True else Path(resume))
+    if folder is None:
+        folder = asked_for(recipe.train.resume_from_checkpoint, recipe.output_dir)
     if folder is not None:
         manifest = checkpoint.Reader(folder).manifest
         bounds, written = manifest["bounds"], manifest["client_state"].get("recipe") or {}

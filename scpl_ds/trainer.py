@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from scpl_ds import checkpoint, export
+from scpl_ds import export
 from scpl_ds.build_checks import refuse_idle
+from scpl_ds.build_times import from_rank_0
+from scpl_ds.checkpoint_resume import asked_for
 from scpl_ds.data.prepared import Data, make_loaders, saved_position
-from scpl_ds.distributed.collectives import barrier, broadcast_object, gather_objects
+from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
@@ -26,7 +28,6 @@ from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
 from scpl_ds.partition.config import generation_config
 from scpl_ds.partition.lora import save_config
-from scpl_ds.partition.plan import render_plan
 from scpl_ds.progress import Progress
 from scpl_ds.recipe import Recipe
 from scpl_ds.reporting import Reporter
@@ -34,15 +35,15 @@ from scpl_ds.run_folder import RunFolder, versions
 from scpl_ds.setup import (
     Model,
     cut_model,
-    draw_schedule,
     load_data,
     make_engine,
     start_world,
     together,
 )
-from scpl_ds.trackers._base import TrackerSet
 from scpl_ds.trainer_best import Best
 from scpl_ds.trainer_end import export_run, named, score_export
+from scpl_ds.trainer_guard import Guard, Health, guarded
+from scpl_ds.trainer_words import log_banner, make_trackers, plan_text, warn_of_no_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +57,17 @@ def fit(recipe: Recipe, *, on_ready: Callable[[RunFolder], None] | None = None) 
         recipe: From ``load_recipe``.
         on_ready: Called once the run folder exists, before the first step.
 
+    SIGTERM and SIGUSR1, on any rank, end the run after the next step with a checkpoint; the result
+    then says ``stopped``, ``steps`` and ``checkpoint``.
+
     Raises:
         ScplError: Whatever is wrong with recipe, model or data, before the first step.
+        BoundaryError: Another rank failed.
+        DivergenceError: A loss is NaN or infinite.
     """
     mesh, device = start_world(recipe)
-    return Run(recipe, mesh, device, on_ready=on_ready).fit()
+    with guarded(recipe, mesh) as guard:
+        return Run(recipe, mesh, device, guard, on_ready=on_ready).fit()
 
 
 class Run:
@@ -71,14 +78,15 @@ class Run:
         recipe: Recipe,
         mesh: Mesh,
         device: torch.device,
+        guard: Guard,
         *,
         on_ready: Callable[[RunFolder], None] | None = None,
     ) -> None:
         self.recipe, self.mesh, self.device = recipe, mesh, device
-        self.folder = RunFolder(recipe.output_dir)
+        self.guard, self.folder = guard, guard.folder
         self.is_main = mesh.rank == 0
         together(mesh, self._check_folders)
-        resume = together(mesh, self._find_checkpoint)
+        resume = from_rank_0(mesh, self._find_checkpoint)
         self.data: Data = load_data(recipe, mesh)
         self.model: Model = together(mesh, lambda: cut_model(recipe, self.data.facts))
         self.train_loader, self.eval_loader = together(
@@ -98,19 +106,19 @@ class Run:
         resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()
         kept = [name for stage in self.engine.stages for name in stage.module.body.kept or ()]
         trained = [name for names in gather_objects(mesh, kept) for name in names]
-        if self.is_main:
-            self.folder.prepare(recipe, resuming=resuming)
-            self._write_model_files(trained)
-            self._warn_of_no_evaluation()
-        barrier(mesh)
+        together(mesh, lambda: self._open_folder(trained, resuming=resuming))
+        guard.watch.tell_stages([stage.index for stage in self.engine.stages])
         if on_ready is not None:
             on_ready(self.folder)
         if self.is_main:
-            self._banner()
-        self.trackers = self._make_trackers(resuming=resuming)
+            log_banner(self)
+        self.trackers = make_trackers(self, resuming=resuming)
         self.report = Reporter(
             self.engine, self.memory, self.trackers, profile_steps=self._profile_steps()
         )
+        self.health = Health(self.engine, self.folder.path)
+        self.saved = -1
+        """Step of the last checkpoint that this run wrote."""
         self.last_eval: dict[str, float] = {}
         self.samples: Samples | None = together(mesh, self._make_samples)
 
@@ -119,18 +127,17 @@ class Run:
     def _check_folders(self) -> None:
         train = self.recipe.train
         self.folder.check()
+        if self.is_main:
+            self.guard.lock.check()
         if train.export and train.export_dir is not None:
             export.check_destination(train.export_dir, key="train.export_dir")
 
-    def _warn_of_no_evaluation(self) -> None:
-        strategy = self.recipe.train.eval_strategy
-        if self.eval_loader is None and strategy != "no":
-            log.warning(
-                "train.eval_strategy is '%s', but '%s' has no evaluation split: nothing is "
-                "evaluated. Give one (data.eval_file, data.eval_fraction, data.eval_split), or set "
-                "train.eval_strategy: no.",
-                strategy, self.recipe.data.name,
-            )  # fmt: skip
+    def _open_folder(self, trained: list[str], *, resuming: bool) -> None:
+        """On rank 0; the others wait."""
+        if self.is_main:
+            self.folder.prepare(self.recipe, resuming=resuming, lock=self.guard.lock)
+            self._write_model_files(trained)
+            warn_of_no_evaluation(self)
 
     def _make_samples(self) -> Samples | None:
         prompts, most = self.recipe.train.sample_prompts, self.recipe.train.sample_max_new_tokens
@@ -141,10 +148,7 @@ class Run:
         return Samples(self.data.tokenizer, prompts, most, model.config, own)
 
     def _find_checkpoint(self) -> Path | None:
-        asked = self.recipe.train.resume_from_checkpoint
-        if asked is False:
-            return None
-        return checkpoint.resolve(self.folder.path if asked is True else Path(asked))
+        return asked_for(self.recipe.train.resume_from_checkpoint, self.folder.path)
 
     def _restore(self, folder: Path) -> None:
         _, state = self.engine.load_checkpoint(folder)
@@ -177,61 +181,7 @@ class Run:
                 model.adapters, self.folder.model_files, model.anatomy, trained,
                 base=model.path, revision=asked.revision,
             )  # fmt: skip
-        self.folder.plan.write_text(self._plan_text() + "\n")
-
-    def _plan_text(self) -> str:
-        m = self.mesh
-        return render_plan(
-            self.model.plan, self.model.anatomy, pipeline_ranks=m.pp_size, data_parallel=m.dp_size
-        )
-
-    def _banner(self) -> None:
-        sizes = self.recipe.deepspeed.batch(self.mesh.dp_size)
-        shown = min(sizes.accumulation, 4)
-        drawing = draw_schedule(self.recipe, self.engine.num_stages, max(2, shown))
-        together = self.recipe.scpl.method != "scpl" or self.recipe.scpl.clip_scope == "global"
-        total, count = self.progress.total_steps, self.data.facts.num_train
-        epochs = "a stream" if count is None else f"{self.progress.epoch(total):.2f} epochs"
-        log.info("%s\n", self._plan_text())
-        log.info("schedule '%s', first micro-batches:\n%s\n", self.recipe.scpl.order, drawing)
-        log.info(
-            "global batch %d = micro-batch %d x %d micro-batches x %d dp; %s training and %d "
-            "evaluation samples; %d steps (%s); clip %g %s; run folder %s",
-            sizes.global_batch, sizes.micro_batch, sizes.accumulation, self.mesh.dp_size,
-            count or "streamed", self.data.facts.num_eval, total, epochs,
-            self.recipe.deepspeed.gradient_clipping,
-            "over all stages" if together else "per stage", self.folder.path,
-        )  # fmt: skip
-
-    def _make_trackers(self, *, resuming: bool) -> TrackerSet:
-        if not self.is_main:
-            return TrackerSet([])
-        sections = [choice.model_dump(mode="json") for choice in self.recipe.trackers]
-        if self.recipe.train.disable_tqdm:
-            for section in sections:
-                if section["name"] == "console":
-                    section["progress"] = False
-        trackers = TrackerSet.build(
-            sections, run_dir=self.folder.path, resume=resuming, run_name=self.recipe.name
-        )
-        config = {
-            "recipe": self.recipe.to_mapping(),
-            "partition": self.model.plan.rows(
-                self.model.anatomy,
-                pipeline_ranks=self.mesh.pp_size,
-                data_parallel=self.mesh.dp_size,
-            ),
-            "ranks": self.mesh.world_size,
-            "device": str(self.device),
-            "versions": versions(),
-            "fingerprint": self.recipe.fingerprint(),
-        }
-        trackers.start(
-            config,
-            total_steps=self.progress.total_steps,
-            resumed_step=self.progress.done if resuming else None,
-        )
-        return trackers
+        self.folder.plan.write_text(plan_text(self) + "\n")
 
     def _profile_steps(self) -> range | None:
         """Counted from where this run begins: a resumed one is profiled too."""
@@ -260,6 +210,8 @@ class Run:
             with self.report.paused():
                 self._nothing_left()
         for step in range(progress.done + 1, progress.total_steps + 1):
+            if self.guard.stop.due(step - 1):
+                return self._stop(step - 1)
             with self.report.step(step):
                 self.engine.train_batch(batches)
             last = step == progress.total_steps
@@ -268,7 +220,7 @@ class Run:
                 if progress.steps_per_epoch is not None:
                     extra["epoch"] = progress.epoch(step)
                 self.report.post(step, extra)
-            self.report.show()
+            self._show()
             if (self.eval_loader or self.samples) is not None and (
                 progress.due(train.eval_strategy, train.eval_steps, step)
                 or (last and train.eval_strategy != "no")
@@ -293,6 +245,27 @@ class Run:
         self.engine.calibrate(batches, put_back=False)
         self.train_loader.restore(place)
 
+    def _stop(self, step: int) -> dict[str, Any]:
+        """Asked to end before the last step: leave a checkpoint to go on from."""
+        if self.saved != step:
+            with self.report.paused():
+                self._save(step)
+        together(self.mesh, self.engine.finish_saving)
+        reason, total = self.guard.stop.reason, self.progress.total_steps
+        folder = self.folder.path / f"checkpoint-{step}"
+        if self.is_main:
+            log.warning(
+                "Stopped by %s after step %d of %d, saved as %s. To go on: "
+                "train.resume_from_checkpoint=true (or auto).",
+                reason, step, total, folder,
+            )  # fmt: skip
+        return {
+            "stopped": reason,
+            "steps": step,
+            "checkpoint": str(folder),
+            "run_dir": str(self.folder.path),
+        }
+
     def _nothing_left(self) -> None:
         """Resumed behind the last step: give the result that the run would have ended with."""
         done, train = self.progress.done, self.recipe.train
@@ -307,9 +280,14 @@ class Run:
         if train.export:
             self._save(done)
 
+    def _show(self) -> None:
+        """Give the trackers what has arrived, and end a run that has gone wrong."""
+        for step, values in self.report.show():
+            self.health.logged(step, values)
+
     def _evaluate(self, step: int) -> None:
         self.engine.drain()
-        self.report.show()  # all up to this step has been posted: keep the step axis monotonic
+        self._show()  # all up to this step has been posted: keep the step axis monotonic
         if self.eval_loader is not None:
             log.info("step %d: evaluating %d samples", step, self.data.facts.num_eval)
             more: dict[str, float] = {}
@@ -326,6 +304,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         train, run = self.recipe.train, self.folder.path
+        self.health.before_save(step)
         on_saved = self.best.saving(step, run, train.save_total_limit)
         state = {
             "data": saved_position(self.train_loader, self.mesh),
@@ -344,6 +323,7 @@ class Run:
                 on_saved=on_saved,
             ),
         )
+        self.saved = step
 
     # -- after the last step ---------------------------------------------------------------
 

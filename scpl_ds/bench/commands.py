@@ -166,7 +166,21 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _chaos(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kills", type=_count, default=50, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of ranks and moments; default: %(default)s"
+    )
+
+
 COMMANDS: dict[str, Command] = {
+    "chaos": Command(
+        "Kill ranks of a small run at random moments, resume it, compare it with one left alone.",
+        "scpl_ds.bench.chaos",
+        _chaos,
+    ),
     "head": Command("What the local objective costs a stage.", "scpl_ds.bench.head", _head),
     "memory": Command(
         "Peak memory of every rank, beside what was predicted.", "scpl_ds.bench.memory", _memory

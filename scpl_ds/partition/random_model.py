@@ -11,6 +11,9 @@ from transformers import AutoConfig
 from scpl_ds.partition._hf import model_class, quiet_transformers
 
 SIZES: dict[str, dict[str, Any]] = {
+    "bert-tiny": {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 4,
+                  "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64,
+                  "max_position_embeddings": 32, "pad_token_id": 0},
     "bert-11m": {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 4,
                  "intermediate_size": 1024, "num_attention_heads": 4},
     "bert-8l": {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 8,

@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sharding checkpoint data trackers baselines",
         "distributed",
         "partition objectives schedules optim meter timeline",
-        "recipe batch simulation",
+        "recipe batch simulation lock",
         "ds",
         "problems",
         "registry",

@@ -66,7 +66,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("train.eval_strategy", "stps", "got 'stps'; did you mean 'steps'?"),
     ("train.num_train_epochs", float("nan"), "train.num_train_epochs: must be a finite number"),
     ("train.max_steps", 0, "train.max_steps: 0 steps train nothing"),
-    ("train.resume_from_checkpoint", 3, "must be true, false or the folder of a checkpoint, got 3"),
+    ("train.resume_from_checkpoint", 3, "true, false, auto or the folder of a checkpoint, got 3"),
     ("train.learning_rate", 1e-3, "train.learning_rate: is 0.001, but deepspeed.optimizer.params."),
     (
         "train.per_device_train_batch_size",

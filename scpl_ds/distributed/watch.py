@@ -1,0 +1,233 @@
+"""Who failed first, told to every rank; no rank outlives the others for long."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from scpl_ds.distributed.collectives import broadcast_object, gather_objects
+from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.errors import BoundaryError, OtherRankFailed, ScplError
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 12.0
+"""From the first failure anywhere to the end of a rank that has not noticed by itself: it computes,
+or waits in a collective that does not see a closed connection (NCCL)."""
+_POLL_S = 0.5
+_PATIENCE_S = 3.0
+"""How long a rank that lost a neighbour waits to be told who failed first."""
+_WITHOUT_LIMIT = datetime.timedelta(days=365)
+
+
+class Failure(NamedTuple):
+    """Why a rank stopped. ``kind``: ``own``, its own mistake; ``killed``, its process is gone and
+    said nothing; ``unsure``, it lost another rank, or says so."""
+
+    rank: int
+    kind: Literal["own", "killed", "unsure"]
+    text: str
+
+
+class Watch:
+    """Around the work of one rank of a run: on every rank, from the same point on.
+
+    Each rank has a connection to the next one (the last to the first) that closes with the process
+    at its other end, and looks twice a second whether the rendezvous store holds a failure. A rank
+    that fails says why there; one that is gone is told by the rank before it. A rank that
+    stops because it lost a neighbour raises a ``BoundaryError`` that names the rank that failed
+    first, and one that has not noticed ends ``grace_s`` later with exit code 1.
+
+    Args:
+        mesh: The ranks.
+        log_of: Rank -> its log file, for messages.
+        grace_s: See ``GRACE_S``.
+    """
+
+    def __init__(
+        self, mesh: Mesh, *, log_of: Callable[[int], Path], grace_s: float = GRACE_S
+    ) -> None:
+        self._mesh, self._log_of, self._grace_s = mesh, log_of, grace_s
+        self._alone = mesh.world_size == 1
+        self._stages: list[Sequence[int]] = []
+        self._threads: list[threading.Thread] = []
+        self._closed = threading.Event()
+        self._failed = threading.Event()
+        self._local: Failure | None = None
+        self.token = uuid.uuid4().hex[:12]
+        """Of this run, the same on every rank: a store outlives a run."""
+
+    # -- the life of a watch ---------------------------------------------------------------
+
+    def __enter__(self) -> Watch:
+        if self._alone:
+            return self
+        mesh = self._mesh
+        self.token = broadcast_object(mesh, self.token)
+        self._store = _get_default_store()
+        # A group of its own: a timeout elsewhere poisons the connections of its group.
+        self._group = mesh.new_group(None, backend="gloo")
+        self._word = torch.zeros(1)
+        arriving = dist.irecv(self._word, self._next, group=self._group)
+        listen = threading.Thread(target=self._listen, args=(arriving,), daemon=True)
+        self._threads = [listen, threading.Thread(target=self._look, daemon=True)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._part()
+        elif self._alone or isinstance(error, OtherRankFailed):
+            self._closed.set()
+        else:
+            self._give_up(error)
+
+    @property
+    def _next(self) -> int:
+        return (self._mesh.rank + 1) % self._mesh.world_size
+
+    def tell_stages(self, stages: Sequence[int]) -> None:
+        """Which stages this rank has, so that the others can name them (waits for all ranks)."""
+        self._stages = gather_objects(self._mesh, list(stages))
+
+    def _part(self) -> None:
+        """The work is done everywhere: nobody is to be missed any more."""
+        self._closed.set()
+        if self._alone:
+            return
+        previous = (self._mesh.rank - 1) % self._mesh.world_size
+        with contextlib.suppress(RuntimeError):  # it has parted already
+            dist.isend(torch.ones(1), previous, group=self._group).wait()  # pyright: ignore
+        for thread in self._threads:  # Python must not end while one of them is outside it
+            thread.join(self._grace_s)
+
+    def _give_up(self, error: BaseException) -> None:
+        lost = isinstance(error, BoundaryError | dist.DistError) or type(error) is RuntimeError
+        text = f"{type(error).__name__}: {error}".strip()
+        own = Failure(self._mesh.rank, "unsure" if lost else "own", text.partition("\n")[0][:500])
+        self._post(own)
+        first = self._wait_for_cause() if lost else None
+        self._closed.set()
+        if first is not None and first.rank != self._mesh.rank:
+            raise BoundaryError(
+                f"{self._name(self._mesh.rank)} stops: {self._describe(first)}"
+            ) from error
+        if self._stages:
+            error.add_note(f"This is {self._name(self._mesh.rank)}; {self._where(own.rank)}.")
+        if not isinstance(error, ScplError):  # those are told by whoever catches them
+            log.error("%s failed: %s; %s", self._name(own.rank), own.text, self._where(own.rank))
+            log.debug("traceback of the failure", exc_info=error)
+        if self._mesh.rank == 0:
+            time.sleep(4 * _POLL_S)  # the store may end with this process
+
+    # -- words in the store ----------------------------------------------------------------
+
+    def _key(self, name: object) -> str:
+        return f"scpl/failed/{self.token}/{name}"
+
+    def _post(self, failure: Failure) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: nobody reads it
+            number = self._store.add(self._key("count"), 1)
+            self._store.set(self._key(number), json.dumps(failure))
+
+    def _told(self) -> list[Failure]:
+        """All failures so far, in the order they were told."""
+        found: list[Failure] = []
+        try:
+            while self._store.check([self._key(len(found) + 1)]):
+                found.append(Failure(*json.loads(self._store.get(self._key(len(found) + 1)))))
+        except RuntimeError:
+            if not found:
+                found = [self._store_lost()]
+        return found
+
+    def _store_lost(self) -> Failure:
+        text = "the rendezvous store is gone, which lives in it or in the launcher beside it"
+        return Failure(0, "killed", text)
+
+    def _wait_for_cause(self) -> Failure | None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            told = self._told()
+            told += [self._local] if self._local is not None else []
+            causes = [failure for failure in told if failure.kind != "unsure"]
+            if causes or time.monotonic() > deadline:
+                return causes[0] if causes else None
+            time.sleep(_POLL_S / 10)
+
+    # -- threads ---------------------------------------------------------------------------
+
+    def _listen(self, arriving: Any) -> None:
+        """Wait for the next rank's last word; none comes when its process is gone."""
+        try:
+            arriving.wait(_WITHOUT_LIMIT)
+        except RuntimeError:
+            if self._closed.is_set() or any(f.rank == self._next for f in self._told()):
+                return
+            self._local = Failure(self._next, "killed", "its process is gone")
+            self._post(self._local)
+            self._failed.set()
+
+    def _look(self) -> None:
+        while not self._closed.wait(_POLL_S):
+            if self._failed.is_set() or self._told():
+                break
+        if self._closed.wait(self._grace_s):
+            return
+        first = self._wait_for_cause() or next(iter(self._told()), None)
+        if first is not None and not self._closed.is_set():
+            self._end(first)
+
+    def _end(self, first: Failure) -> None:
+        """This rank is somewhere it cannot be called back from."""
+        log.error(
+            "%s is ended, %.0f s later: %s",
+            self._name(self._mesh.rank), self._grace_s, self._describe(first),
+        )  # fmt: skip
+        with contextlib.suppress(OSError), self._log_of(self._mesh.rank).open("a") as file:
+            file.write("Where this rank was when it was ended:\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+        os._exit(1)
+
+    # -- words for people ------------------------------------------------------------------
+
+    def _name(self, rank: int) -> str:
+        stages = self._stages[rank] if self._stages else []
+        if not stages:
+            return f"rank {rank}"
+        return f"rank {rank} (stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))})"
+
+    def _where(self, rank: int) -> str:
+        path = self._log_of(rank)
+        return f"its log is {path}" if path.exists() else "it had no log yet"
+
+    def _describe(self, failure: Failure) -> str:
+        where = self._where(failure.rank)
+        if failure.kind == "killed":
+            return (
+                f"{self._name(failure.rank)} is no longer running and did not say why: "
+                f"{failure.text}. It was killed (out of memory? `dmesg` tells) or crashed; {where}."
+            )
+        return f"{self._name(failure.rank)} failed: {failure.text}; {where}."

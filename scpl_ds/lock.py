@@ -1,0 +1,162 @@
+"""One run at a time in a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import IO, Any
+
+from scpl_ds.errors import RecipeError
+
+log = logging.getLogger(__name__)
+
+NAME = "run.lock"
+_BEAT_S = 10.0
+"""How often a running owner touches its lock; a lock of another machine that is not touched for
+three times as long is nobody's."""
+
+
+class RunLock:
+    """``run.lock`` in a run folder: who trains there. Taken by the coordinating rank.
+
+    It names host, process and the moment that the process began (process numbers come again). The
+    lock of a process of this host that has ended is taken over at once, one of another host when
+    nobody has touched it for ``3 * beat_s``: no two clocks are compared.
+    """
+
+    def __init__(self, folder: Path, *, beat_s: float = _BEAT_S) -> None:
+        self._path, self._beat_s = folder / NAME, beat_s
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began": _began(os.getpid()),
+            "token": uuid.uuid4().hex,
+        }
+        self._released = threading.Event()
+        self._released.set()
+
+    def check(self) -> None:
+        """Refuse a folder that another run is training in.
+
+        Raises:
+            RecipeError: One is.
+        """
+        if (owner := _read(self._path)) is not None and self._lives(owner):
+            raise self._taken(owner)
+
+    def take(self) -> None:
+        """Make this process the owner; the folder exists.
+
+        Raises:
+            RecipeError: Another run is training in it.
+        """
+        self.check()
+        with self._path.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of two that find a lock nobody's, one is first
+            owner = _parse(file)
+            if owner is not None and owner["token"] != self._owner["token"]:
+                if self._lives(owner):
+                    raise self._taken(owner)
+                log.warning(
+                    "%s was left by process %s on %s, which has ended: taken over.",
+                    self._path, owner["pid"], owner["host"],
+                )  # fmt: skip
+            file.seek(0)
+            file.truncate()
+            json.dump(self._owner, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if self._released.is_set():
+            self._released.clear()
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        """Safe to call twice, or without having taken it."""
+        self._released.set()
+        if (owner := _read(self._path)) is not None and owner["token"] == self._owner["token"]:
+            self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._released.wait(self._beat_s):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def _lives(self, owner: dict[str, Any]) -> bool:
+        if owner["token"] == self._owner["token"]:
+            return False
+        if owner["host"] == self._owner["host"]:
+            # A container may have another's name and other process numbers: began tells.
+            began = _began(owner["pid"])
+            return began is not None and began == owner["began"]
+        return self._is_touched()
+
+    def _is_touched(self) -> bool:
+        """Whether the owner, on another machine, is seen to be at work."""
+        limit = 3 * self._beat_s
+        log.warning(
+            "%s is of another machine; waiting up to %.0f s to see whether it is still in use.",
+            self._path, limit,
+        )  # fmt: skip
+        deadline, before = time.monotonic() + limit, _touched(self._path)
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self._beat_s / 4))
+            if (now := _touched(self._path)) != before:
+                return now is not None
+        return False
+
+    def _taken(self, owner: dict[str, Any]) -> RecipeError:
+        return RecipeError(
+            f"train.output_dir: {self._path.parent} is in use by another run: process "
+            f"{owner['pid']} on {owner['host']}. Wait for it or end it, or name another folder. "
+            f"(If that process is not a run, remove {self._path}.)"
+        )
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, in the kernel's clock ticks; None: there is none, or it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        with contextlib.suppress(PermissionError):  # not Linux: there is such a process
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return None
+        return ""
+    return None if fields[0] in "ZX" else fields[19]  # ended, and not yet reaped
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open() as file:
+            return _parse(file)
+    except OSError:
+        return None
+
+
+def _parse(file: IO[str]) -> dict[str, Any] | None:
+    """The owner that a lock names; None where it names none (killed while it was written)."""
+    file.seek(0)
+    try:
+        found = json.load(file)
+    except ValueError:
+        return None
+    known = isinstance(found, dict) and {"host", "pid", "began", "token"} <= found.keys()
+    return found if known else None

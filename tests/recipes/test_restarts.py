@@ -1,0 +1,44 @@
+"""What a restart finds, and a run that diverges, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny import DROP, put, recipe_for, train
+
+Recipe = dict[str, Any]
+AUTO = "train.resume_from_checkpoint=auto"
+
+
+def test_auto_starts_anew_where_there_is_no_checkpoint(base: Recipe, tmp_path: Path):
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run, **{"train.max_steps": 2, "train.export": False})
+    unsaved = put(recipe, {"train.save_steps": DROP, "train.save_strategy": "no"})
+    assert train(unsaved, AUTO) == 0
+    assert not (run / "latest").exists()
+    assert train(recipe, AUTO) == 0
+    assert (run / "checkpoint-2").exists() and run.with_name("run.1").exists()
+
+
+def test_auto_goes_on_from_the_last_complete_checkpoint(
+    base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run, **{"train.max_steps": 4, "train.export": False})
+    assert train(recipe, AUTO) == 0
+    (run / "checkpoint-4" / "manifest.json").unlink()  # half of it was removed
+    assert train(recipe, AUTO) == 0
+    assert "checkpoint-3 is the last complete one" in capsys.readouterr().err
+    assert (run / "checkpoint-4" / "manifest.json").exists()
+
+
+def test_a_logged_loss_that_is_no_number_ends_the_run_with_code_1(
+    base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    changes = {"deepspeed.optimizer.params.lr": 1e30, "train.save_steps": 100}
+    assert train(recipe_for(base, "none", tmp_path / "run", **changes)) == 1
+    said = capsys.readouterr().err
+    assert "DivergenceError: The " in said and " of stage 0 is nan at step " in said
