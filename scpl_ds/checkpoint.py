@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scpl_ds.checkpoint_damage import damage_of, is_file_name
 from scpl_ds.errors import CheckpointError
 from scpl_ds.optim import OptimizerState
 
@@ -36,11 +37,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
 HEAD_PREFIX = "scpl_heads."
-_CONTENT = {
-    "step": int, "bounds": list, "tensors": dict, "moments": dict, "bytes": dict,
-    "client_state": dict,
-}  # fmt: skip
-"""What a manifest holds, beside ``format``; a list is not empty."""
 
 
 class Writer:
@@ -135,7 +131,7 @@ class Reader:
             )
         try:
             manifest = json.loads(path.read_text())
-        except ValueError as error:  # not JSON, or not even text
+        except (ValueError, RecursionError) as error:  # not JSON, or not even text
             raise CheckpointError(f"{path} is damaged: {error}.{_others(folder)}") from None
         if not isinstance(manifest, dict):
             raise CheckpointError(f"{path} is damaged: it holds no mapping.{_others(folder)}")
@@ -145,13 +141,8 @@ class Reader:
                 f"{folder} has checkpoint format {self.manifest.get('format')!r}; this version of "
                 f"scpl_ds reads format {FORMAT}."
             )
-        for key, kind in _CONTENT.items():
-            value = manifest.get(key)
-            if not isinstance(value, kind) or value == []:
-                raise CheckpointError(
-                    f"{path} is damaged: '{key}' is missing or not a {kind.__name__}."
-                    f"{_others(folder)}"
-                )
+        if (wrong := damage_of(manifest)) is not None:
+            raise CheckpointError(f"{path} is damaged: {wrong}.{_others(folder)}")
         for name, size in self.manifest["bytes"].items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
@@ -226,17 +217,16 @@ class Reader:
             moment, _, name = key.partition("/")
             moments.setdefault(moment, {})[name] = tensor
         facts = [self._facts(file) for file in files]
-        scales = [float(fact["loss_scale"]) for fact in facts if "loss_scale" in fact]
         # Of several stages the smallest: the one that none of them overflowed with.
-        return OptimizerState(
-            max((int(fact.get("step", 0)) for fact in facts), default=0),
-            moments,
-            min(scales, default=None),
-        )
+        scale = min((scale for _, scale in facts if scale is not None), default=None)
+        return OptimizerState(max((step for step, _ in facts), default=0), moments, scale)
 
-    def _facts(self, file: str) -> dict[str, str]:
+    def _facts(self, file: str) -> tuple[int, float | None]:
+        """Steps of an optimizer and its loss scale."""
         with _opened(self.folder / file) as opened:
-            return opened.metadata() or {}
+            facts = opened.metadata() or {}
+            scale = facts.get("loss_scale")
+            return int(facts.get("step", 0)), None if scale is None else float(scale)
 
 
 def resolve(folder: Path, tag: str | None = None) -> Path:
@@ -284,7 +274,8 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _latest(folder: Path) -> Path | None:
     file = folder / LATEST
-    return folder / file.read_text().strip() if file.is_file() else None
+    name = file.read_text(errors="replace").strip() if file.is_file() else ""
+    return folder / name if is_file_name(name) else None
 
 
 def _complete(folder: Path) -> Path | None:
@@ -374,7 +365,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    # A header that was changed may hold anything.
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}. The checkpoint is damaged.{_others(path.parent)}"
         ) from error
