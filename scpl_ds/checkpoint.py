@@ -29,6 +29,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scpl_ds.checkpoint_damage import damage_of
 from scpl_ds.checkpoint_files import (
     LATEST,
     MANIFEST,
@@ -51,11 +52,6 @@ log = logging.getLogger(__name__)
 HEAD_PREFIX = "scpl_heads."
 _FIRST_FORMAT = 1
 """Without checksums, and one file a stage."""
-_CONTENT = {
-    "step": int, "bounds": list, "tensors": dict, "moments": dict, "bytes": dict,
-    "client_state": dict,
-}  # fmt: skip
-"""What a manifest holds, beside ``format``; a list is not empty."""
 
 
 def stage_of(file: str) -> str:
@@ -206,17 +202,16 @@ class Reader:
             moment, _, name = key.partition("/")
             moments.setdefault(moment, {})[name] = tensor
         facts = [self._facts(file) for file in files]
-        scales = [float(fact["loss_scale"]) for fact in facts if "loss_scale" in fact]
         # Of several stages the smallest: the one that none of them overflowed with.
-        return OptimizerState(
-            max((int(fact.get("step", 0)) for fact in facts), default=0),
-            moments,
-            min(scales, default=None),
-        )
+        scale = min((scale for _, scale in facts if scale is not None), default=None)
+        return OptimizerState(max((step for step, _ in facts), default=0), moments, scale)
 
-    def _facts(self, file: str) -> dict[str, str]:
+    def _facts(self, file: str) -> tuple[int, float | None]:
+        """Steps of an optimizer and its loss scale."""
         with self._opened(file) as opened:
-            return opened.metadata() or {}
+            facts = opened.metadata() or {}
+            scale = facts.get("loss_scale")
+            return int(facts.get("step", 0)), None if scale is None else float(scale)
 
     def _read(self, places: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
         by_file: dict[str, list[tuple[str, str]]] = {}
@@ -235,7 +230,8 @@ class Reader:
         try:
             with safe_open(path, "pt") as opened:
                 yield opened
-        except (SafetensorError, OSError) as error:
+        # A header that was changed may hold anything.
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error}. The checkpoint is damaged.{others(self.folder)}"
             ) from error
@@ -279,10 +275,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has checkpoint format {number!r}; this version of scpl_ds reads formats "
             f"{_FIRST_FORMAT} and {FORMAT}. Use the version that wrote it.{others(folder)}"
         )
-    for key, kind in _CONTENT.items():
-        value = manifest.get(key)
-        if not isinstance(value, kind) or value == []:
-            raise damaged(f"'{key}' is missing or not a {kind.__name__}")
+    if (wrong := damage_of(manifest)) is not None:
+        raise damaged(wrong)
     if number != _FIRST_FORMAT and whole is None:
         raise damaged("it bears no checksum")
     return manifest

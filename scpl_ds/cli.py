@@ -1,8 +1,9 @@
-"""``scpl-ds``: train, eval, plan, export and schema on the command line."""
+"""``scpl-ds``: train, eval, plan, export, doctor and schema on the command line."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from scpl_ds import __version__
+from scpl_ds import __version__, cli_types
 from scpl_ds.bench import commands as commands_of_bench
 from scpl_ds.errors import FAILED_RUN, OtherRankFailed, RecipeError, ScplError
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{extra[0]!r}: this command takes no overrides")
     args.overrides = [*getattr(args, "overrides", []), *extra]
     _log_to_console()
+    os.umask(os.umask(0o022) | 0o002)  # nobody else may change a checkpoint, whatever is allowed
     try:
         return args.run(args)
     except ScplError as error:
@@ -88,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("recipe", help="YAML or JSON file")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
-    plan.add_argument("--ranks", type=_ranks, default=None, help=_RANKS)
+    plan.add_argument("--ranks", type=cli_types.ranks, default=None, help=_RANKS)
     plan.add_argument(
-        "--memory", type=_size, default=None, metavar="SIZE",
+        "--memory", type=cli_types.size, default=None, metavar="SIZE",
         help="memory of one device, for example 80GiB: says which backends and ZeRO stages fit",
     )  # fmt: skip
     plan.add_argument(
@@ -101,11 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     score.add_argument("--logits", type=Path, default=None, help="write logits as safetensors")
     score.add_argument(
-        "--exit-threshold", type=_thresholds, default=(), metavar="P,...",
+        "--exit-threshold", type=cli_types.thresholds, default=(), metavar="P,...",
         help="also let samples leave at the first local head that is so sure; says what it costs",
     )  # fmt: skip
     score.add_argument(
-        "--exit-patience", type=_patiences, default=(), metavar="N,...",
+        "--exit-patience", type=cli_types.patiences, default=(), metavar="N,...",
         help="also let samples leave where so many further heads in a row agree",
     )  # fmt: skip
     speak = add("generate", _generate, "Continue prompts with a run's trained language model.")
@@ -115,10 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     speak.add_argument("--chat", action="store_true", help="as a user's message, in the template")
     speak.add_argument(
-        "--max-new-tokens", type=_ranks, default=64, metavar="N", help="default: %(default)s"
+        "--max-new-tokens",
+        type=cli_types.ranks,
+        default=64,
+        metavar="N",
+        help="default: %(default)s",
     )
     speak.add_argument(
-        "--temperature", type=_temperature, default=0.0, metavar="T",
+        "--temperature", type=cli_types.temperature, default=0.0, metavar="T",
         help="above 0 tokens are drawn; default: the likeliest",
     )  # fmt: skip
     speak.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
@@ -133,51 +139,24 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--merge", action="store_true", help="of a run with LoRA: add the adapter to the weights"
     )
-    export.add_argument("--max-shard-size", type=_size, metavar="SIZE", help="default: 5GB")
+    export.add_argument(
+        "--max-shard-size", type=cli_types.size, metavar="SIZE", help="default: 5GB"
+    )
     bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
     commands_of_bench.add_to(bench, _bench)
+    doctor = add("doctor", _doctor, "Check this machine, and under a launcher its ranks.")
+    doctor.add_argument("--json", action="store_true", help="write the findings as JSON")
+    doctor.add_argument(
+        "--output-dir", type=Path, default=Path("runs"), metavar="DIR",
+        help="where runs are going to be written; default: %(default)s",
+    )  # fmt: skip
+    doctor.add_argument(
+        "--timeout", type=cli_types.ranks, default=60, metavar="S",
+        help="seconds to wait for other ranks; default: %(default)s",
+    )  # fmt: skip
     schema = add("schema", _schema, "Print the JSON schema of recipes, for editors.")
     schema.add_argument("--out", type=Path, default=None, help="write it to a file")
     return parser
-
-
-def _size(text: str) -> int:
-    from scpl_ds.memory_sizes import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _thresholds(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (0.0,)
-    if not all(0 < value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"must be numbers in (0, 1], as in 0.8,0.9; got {text!r}")
-    return values
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-    return value
-
-
-def _patiences(text: str) -> tuple[int, ...]:
-    return tuple(_ranks(part) for part in text.split(","))
-
-
-def _ranks(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
-    return int(text)
 
 
 # -- commands ------------------------------------------------------------------------------
@@ -291,6 +270,21 @@ def _bench(args: argparse.Namespace) -> int:
     text = commands_of_bench.COMMANDS[args.what].run(args, save)
     sys.stdout.write(text + "\n")
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    _choose_accelerator()
+    from scpl_ds.doctor import examine
+    from scpl_ds.doctor_findings import render
+
+    logging.getLogger("scpl_ds").setLevel(logging.ERROR)  # what it finds is said below
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes its log there
+        report = examine(args.output_dir, timeout_s=args.timeout)
+    if _rank() == 0 or not report.complete:
+        text = render(report.found, report.world_size)
+        sys.stdout.write((json.dumps(report.as_json(), indent=1) if args.json else text) + "\n")
+    _leave()
+    return report.exit_code
 
 
 def _schema(args: argparse.Namespace) -> int:

@@ -15,9 +15,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from scpl_ds import __version__
 from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, stage_of, write_text
+from scpl_ds.checkpoint_damage import scpl_of
 from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.export_shards import INDEX, SHARD_BYTES, Shards, pieces
-from scpl_ds.partition._hf import auto_class, model_class
+from scpl_ds.partition._hf import auto_class, model_class, one_line
 from scpl_ds.partition.loading import export_state_dict, tied_weights
 from scpl_ds.partition.lora import (
     ADAPTER_CONFIG,
@@ -105,6 +106,10 @@ def export_checkpoint(
             "`scpl-ds train` have one; after engine.save_checkpoint pass model_files=."
         )
     reader.verify_model_files()
+    try:
+        AutoConfig.from_pretrained(source)
+    except Exception as error:  # OSError, ValueError, KeyError or TypeError: as it is damaged
+        raise CheckpointError(f"{source}/config.json is damaged: {one_line(error)}.") from error
     adapted = (source / ADAPTER_CONFIG).is_file()
     _check_kind(reader, source / ADAPTER_CONFIG)
     if merge and not adapted:
@@ -190,10 +195,10 @@ def _write_config(config: PretrainedConfig, task: str, out: Path, shards: Shards
 
 def _write_heads(reader: Reader, out: Path) -> None:
     """The local heads, and what ``EarlyExitModel`` must know of them, if a recipe says it."""
-    recipe = reader.manifest["client_state"].get("recipe") or {}
+    scpl = scpl_of(reader.manifest)
     names = [name for name in reader.manifest["tensors"] if name.startswith(HEAD_PREFIX)]
-    objective = recipe.get("scpl", {}).get("objective")
-    if not names or objective is None or recipe["scpl"].get("lookahead"):
+    objective = scpl.get("objective")
+    if not names or objective is None or scpl.get("lookahead"):
         return
     tensors = reader.tensors(names)
     heads = {name.removeprefix(HEAD_PREFIX): tensor for name, tensor in tensors.items()}

@@ -14,6 +14,9 @@ from scpl_ds.problems import Problem, show
 _NAME_ONLY = ("data", "scpl.objective")
 """Sections that may be written as a name alone; an override below them makes them a mapping."""
 
+_LONGEST, _DEEPEST, _MOST = 2**18, 32, 100_000
+"""Characters of a file, levels and values: what is beyond is no recipe, and would take minutes."""
+
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key written twice (PyYAML keeps the last in silence)."""
@@ -48,10 +51,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is a folder; name a YAML or JSON file.") from error
     except (OSError, ValueError) as error:  # not UTF-8, or no name for a file
         raise RecipeError(f"{path} cannot be read: {error}.") from error
+    if len(text) > _LONGEST:
+        raise RecipeError(
+            f"{path} is no recipe: it has {len(text)} characters, the longest are {_LONGEST}."
+        )
     if path.suffix == ".json":
         text = text.expandtabs(2)
     try:
-        value = yaml.load(text, _StrictLoader)
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {_place(error)}.") from error
     if value is None:
@@ -59,6 +66,38 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecipeError(f"{path} must hold a mapping of sections, got {show(value)}.")
     return {str(k): v for k, v in value.items()}
+
+
+def _parse(text: str) -> Any:
+    """
+    Raises:
+        YAMLError: It is no YAML, or holds what is written in a few lines and takes all memory.
+    """
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except RecursionError:
+        raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep") from None
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        # PyYAML lets its constructors' own through: `2026-13-45` is no date, `!!int x` no number.
+        raise yaml.YAMLError(f"a value is not what it looks like: {error}") from error
+    left, count = [(value, 0)], 0
+    while left:
+        item, depth = left.pop()
+        count += 1
+        if depth > _DEEPEST:  # as an alias inside its own anchor is
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST} deep")
+        if count > _MOST:
+            raise yaml.YAMLError(f"with its aliases written out it has more than {_MOST} values")
+        if isinstance(item, str) and not item.isascii():
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise yaml.YAMLError(f"{item!r} holds half of a surrogate pair") from None
+        elif isinstance(item, dict):
+            left += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple | set):
+            left += [(part, depth + 1) for part in item]
+    return value
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
@@ -80,7 +119,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[Probl
             problems.append(Problem("", message))
             continue
         try:
-            value = yaml.load(value_text, _StrictLoader)
+            value = _parse(value_text)
         except yaml.YAMLError as error:
             problems.append(Problem(key, f"'{value_text}' is not valid YAML: {_place(error)}"))
             continue
@@ -152,5 +191,7 @@ def _index(items: list[Any], part: str) -> int | None:
 def _place(error: yaml.YAMLError) -> str:
     """What is wrong and where, on one line."""
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = (
+        getattr(error, "problem", None) or (str(error) or type(error).__name__).splitlines()[0]
+    )
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem

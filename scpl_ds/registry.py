@@ -94,5 +94,5 @@ def resolve(kind: str, name: str, *, where: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # anybody's module, and a name may be anything
         raise RecipeError(f"{where}: cannot import '{target}': {error}") from error

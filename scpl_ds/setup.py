@@ -16,6 +16,7 @@ from scpl_ds.build import build_engine
 from scpl_ds.build_checks import stage_section
 from scpl_ds.build_plan import plan_stages
 from scpl_ds.build_times import Stopwatch, from_rank_0
+from scpl_ds.checkpoint_damage import scpl_of
 from scpl_ds.checkpoint_resume import asked_for
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.prepared import Data, Facts, read
@@ -120,8 +121,7 @@ def _with_cut(recipe: Recipe, facts: Facts, trained: Path | None) -> Facts:
         folder = asked_for(recipe.train.resume_from_checkpoint, recipe.output_dir)
     if folder is not None:
         manifest = checkpoint.Reader(folder).manifest
-        bounds, written = manifest["bounds"], manifest["client_state"].get("recipe") or {}
-        by_time = written.get("scpl", {}).get("partition") == "time"
+        bounds, by_time = manifest["bounds"], scpl_of(manifest).get("partition") == "time"
         if len(bounds) - 1 == recipe.scpl.stages and (by_time or trained is not None):
             log.info("scpl.partition: time keeps the cut of %s, at layers %s", folder, bounds)
             return dataclasses.replace(facts, kept_bounds=tuple(bounds))

@@ -152,7 +152,7 @@ class Run:
 
     def _restore(self, folder: Path) -> None:
         _, state = self.engine.load_checkpoint(folder)
-        if "data" not in state:
+        if not isinstance(state.get("data"), dict):
             raise CheckpointError(
                 f"{folder} holds no data position: it was not written by `scpl-ds train`. Load it "
                 "with engine.load_checkpoint, or export it and start from the export."
@@ -163,7 +163,7 @@ class Run:
             log.warning(
                 "The recipe is not the one %s was saved under (%s): the run goes on with the new "
                 "settings from step %d.",
-                folder, state.get("fingerprint", "unknown")[:12], self.engine.global_steps,
+                folder, str(state.get("fingerprint", "unknown"))[:12], self.engine.global_steps,
             )  # fmt: skip
         self.progress = dataclasses.replace(self.progress, done=self.engine.global_steps)
 

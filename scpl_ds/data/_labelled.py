@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -130,7 +131,8 @@ def _class_ids(raw: RawSplit, options: ColumnOptions) -> dict[Any, int]:
     if not numbers:
         return {value: index for index, value in enumerate(sorted(values))}
     # A class id that never occurs is nearly always a 1-based file; training it would waste a class.
-    absent = sorted(set(range(max(numbers))) - set(numbers))
+    # Not the whole list: a label may be 10**9.
+    absent = list(itertools.islice((k for k in range(max(numbers)) if k not in values), 11))
     if absent:
         names = ", ".join(f"'{n}'" for n in sorted(numbers)[:8])
         raise DataError(

@@ -57,6 +57,25 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
+@contextlib.contextmanager
+def reading_parquet(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        DataError: What is read inside is no parquet, or is damaged.
+    """
+    try:
+        yield
+    except (DataError, OSError):
+        raise
+    # Not narrower: of damaged bytes pyarrow and datasets make errors of a dozen classes.
+    except Exception as error:
+        cause = " ".join(str(error).split())[:400]
+        raise DataError(
+            f"{path} is not a parquet file, or is damaged ({type(error).__name__}: {cause}). Write "
+            "it again."
+        ) from error
+
+
 def rows_of(
     path: Path, options: FileOptions, wanted: Mapping[str, str], name: str
 ) -> Iterator[Row]:
@@ -129,11 +148,15 @@ def _jsonl(path: Path, options: FileOptions, wanted: Mapping[str, str], name: st
                 continue
             try:
                 record = json.loads(line)
+                if "\\u" in line:  # half of a surrogate pair is JSON, but no text
+                    json.dumps(record, ensure_ascii=False).encode()
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}. "
                     f"jsonl is one {{...}} on each line."
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: cannot be read: {error}.") from error
             if not isinstance(record, dict):
                 raise DataError(
                     f"{path}, line {number}: {type(record).__name__}, but jsonl is one {{...}} on "
@@ -148,11 +171,10 @@ def _parquet(
     path: Path, options: FileOptions, wanted: Mapping[str, str], name: str
 ) -> Iterator[Row]:
     """A stream's; in memory the file's own columns are kept."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = list(dict.fromkeys(wanted.values()))
-    try:
+    with reading_parquet(path):
         file = pq.ParquetFile(path)
         require_columns(file.schema_arrow.names, wanted, where=str(path))
         number = 0
@@ -160,8 +182,6 @@ def _parquet(
             for record in batch.to_pylist():
                 yield number, [record[column] for column in wanted.values()]
                 number += 1
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
 
 
 _ROWS: dict[str, Callable[[Path, FileOptions, Mapping[str, str], str], Iterator[Row]]] = {

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scpl_ds.data._base import DataOptions, DataSource, Splits, Streamed, Texts, in_held_out
 from scpl_ds.data._columns import ColumnOptions, RawSplit, Table, require_columns, typed_labels
 from scpl_ds.data._labelled import build_splits
-from scpl_ds.data._readers import existing, named_rows, reading, rows_of
+from scpl_ds.data._readers import existing, named_rows, reading, reading_parquet, rows_of
 from scpl_ds.data._texts import build_texts, text_stream
 from scpl_ds.errors import DataError
 from scpl_ds.recipe_fields import AbsolutePath
@@ -154,16 +154,13 @@ def _read_rows(path: Path, options: FileOptions, wanted: Mapping[str, str], name
 
 
 def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Table:
-    import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
 
-    try:
+    with reading_parquet(path):
         require_columns(pq.read_schema(path).names, wanted, where=str(path))
         table = pq.read_table(path, columns=list(dict.fromkeys(wanted.values())))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
-    return table_of_dataset(Dataset(table), wanted, origin=f"{path}, row")
+        return table_of_dataset(Dataset(table), wanted, origin=f"{path}, row")
 
 
 def table_of_dataset(dataset: Any, wanted: Mapping[str, str], *, origin: str) -> Table:

@@ -195,6 +195,12 @@ class BatchLoader:
                 "The checkpoint was written with data.streaming: the order of samples cannot be "
                 "continued. Use the same data section."
             )
+        needed = ("num_samples", "seed", "epoch", "consumed")
+        if wrong := [key for key in needed if not isinstance(position.get(key), int)]:
+            raise DataError(
+                f"The checkpoint's loader position is damaged: '{wrong[0]}' is "
+                f"{position.get(wrong[0])!r}. Use an earlier checkpoint."
+            )
         for key, mine in (("num_samples", self.num_samples), ("seed", self.seed)):
             if position[key] != mine:
                 what = "data set has" if key == "num_samples" else "run's order is of"
