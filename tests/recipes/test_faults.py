@@ -95,7 +95,8 @@ def test_a_run_told_to_stop_saves_and_goes_on_to_the_same_bits(
     assert all(result["steps"] == results[0]["steps"] < last for result in results)
     assert name in results[0]["stopped"]
     saved = Path(results[0]["checkpoint"])
-    assert saved.name == f"checkpoint-{results[0]['steps']}" == (run / "latest").read_text().strip()
+    assert saved.name == f"checkpoint-{results[0]['steps']}"
+    assert saved.name == (run / "latest").read_text().split()[0]
     assert not (run / NAME).exists() and not (run / "result.json").exists()
     again = put(recipe, {"train.resume_from_checkpoint": "auto"})
     run_ranks(ranks, with_signal(again, set(), name, 0))
