@@ -33,5 +33,5 @@ def test_objectives_of_language_models_are_timed_on_a_language_models_stage():
 
 
 def test_an_unknown_objective_is_named_before_anything_is_measured():
-    with pytest.raises(RecipeError, match="--objectives: .*'prototyp'.*prototype"):
+    with pytest.raises(RecipeError, match=r"--objectives: .*'prototyp'.*prototype"):
         measure((2,), objectives=("supcon", "prototyp"))
