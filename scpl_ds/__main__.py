@@ -1,8 +1,6 @@
 """``python -m scpl_ds`` is ``scpl-ds``."""
 
-import sys
-
-from scpl_ds.cli import main
+from scpl_ds.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -360,7 +360,7 @@ class Run:
         """Make room for the whole model, which may need what all ranks of this device held."""
         while self.engine.stages:
             self.engine.stages.pop().backend.close()
-        del self.engine, self.report
+        del self.engine, self.report, self.health
         gc.collect()  # stages and handlers refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
