@@ -59,22 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run() -> NoReturn:
-    """:func:`main` as a program. A rank that failed ends without tidying up: one of its threads may
-    wait for a message outside Python, which aborts an interpreter that ends in the usual way."""
-    try:
-        code = main()
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    if code:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong; argparse puts the whole usage before it."""
 
