@@ -370,5 +370,5 @@ def build_engine(
         sync=scpl.sync,
         clip_scope=scpl.clip_scope,
         backprop=backprop,
-        calibrates=scpl.method != "bp" and scpl.objective.calibrates(),
+        calibrates=scpl.calibrates,
     )

@@ -129,9 +129,12 @@ class _Watcher:
             self.read.append(inputs[b, t].float().cpu())
             logits = self._stage.logits
             assert logits is not None
-            raw, said = output[:, 0].double(), logits[:, 0].double()  # [B, V]: of one position each
-            self._products[0] += float((raw * said).sum())
-            self._products[1] += float((raw * raw).sum())
+            # Of as many positions as there are texts, all real: padding may hold anything.
+            b, t = b[: len(labels)], t[: len(labels)]
+            raw, said = output[b, t].double(), logits[b, t].double()  # [n, V]
+            whole = raw.isfinite().all(1) & said.isfinite().all(1)
+            self._products[0] += float((raw * said)[whole].sum())
+            self._products[1] += float((raw * raw)[whole].sum())
 
     def _heard(self) -> tuple[Tensor, Tensor]:
         if len(self._given) != 1:

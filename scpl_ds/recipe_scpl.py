@@ -338,6 +338,11 @@ class ScplSection(Section):
         looks = self.lookahead if self.has_objective(stage) else 0
         return min(end + looks, num_layers)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether local heads are fitted on data before the first step."""
+        return self.method != "bp" and self.objective.calibrates()
+
     def lr_of(self, stage: int) -> float:
         """A stage's learning rate, relative to the run's."""
         return self.local_lr if self.method == "scpl" and stage < self.stages - 1 else 1.0

@@ -237,8 +237,7 @@ class Run:
     def _calibrate(self) -> None:
         """On the batches that the run goes on with: a checkpoint's place in the data is that of the
         loader, which therefore is put back, not of an iterator that has some in hand."""
-        choice = self.recipe.scpl.objective
-        if not choice.calibrates() or self.progress.done >= self.progress.total_steps:
+        if not self.recipe.scpl.calibrates or self.progress.done >= self.progress.total_steps:
             return
         place = saved_position(self.train_loader, self.mesh)
         batches = iter(self.train_loader) if self.engine.is_first_stage() else None

@@ -133,12 +133,9 @@ def _quality(parser: argparse.ArgumentParser) -> None:
         "default: bp,default,early_exit,associated,freeze",
     )  # fmt: skip
     parser.add_argument(
-        "--stages",
-        type=_counts,
-        default=(2,),
-        metavar="K,...",
+        "--stages", type=_counts, default=(2,), metavar="K,...",
         help="default: 2; bp and untrained have none",
-    )
+    )  # fmt: skip
     parser.add_argument("--seeds", type=_count, default=3, help="how many; default: %(default)s")
     parser.add_argument(
         "--learning-rates", type=_numbers, default=None, metavar="A,B",

@@ -27,7 +27,7 @@ from scpl_ds.problems import problems_of
 from scpl_ds.recipe_scpl import ObjectiveChoice
 from scpl_ds.stage import LocalStage, as_body
 
-_WARM_UP = 2
+_WARM_UP = 5
 _DESCRIBED: dict[str, dict[str, Any]] = {
     "sequence-classification": {"model_type": "bert", "feedforward": 4},
     "causal-lm": {"model_type": "llama", "feedforward": 8 / 3},
@@ -67,7 +67,7 @@ def measure(
         micro_batches: Rows.
         size: Of the model.
         objectives: As ``scpl.objective`` takes them.
-        repeats: Timings of each, after 2 that are thrown away.
+        repeats: Timings of each, after 5 that are thrown away, or one fewer than are kept.
         threads: CPU threads; set back afterwards.
         device: Where to run.
 
@@ -161,11 +161,12 @@ def _row(stage: LocalStage, size: Size, rows: int, repeats: int) -> dict[str, An
 
     parts = (whole, layers, head)
     seconds: list[list[float]] = [[] for _ in parts]
-    for _ in range(_WARM_UP + repeats):
+    warm_up = min(_WARM_UP, repeats - 1)
+    for _ in range(warm_up + repeats):
         for part, taken in zip(parts, seconds, strict=True):
             stage.zero_grad(set_to_none=True)
             taken.append(_seconds(part, gradient))
-    stage_s, layers_s, head_s = (statistics.median(taken[_WARM_UP:]) for taken in seconds)
+    stage_s, layers_s, head_s = (statistics.median(taken[warm_up:]) for taken in seconds)
     return {
         "hidden_size": size.hidden_size,
         "layers": size.layers // 2,

@@ -90,8 +90,9 @@ class LogitLens(Objective):
     def calibrate(self, rows: Tensor, targets: Tensor, add_up: AddUp) -> dict[str, Tensor]:
         if self.options.layer_norm:  # as the norm is before training
             rows = F.layer_norm(rows, (self.size,))
-        weight, bias = ridge(rows, targets, add_up)
-        return {"map.weight": weight, "map.bias": bias}
+        if (fitted := ridge(rows, targets, add_up)) is None:
+            return {}
+        return dict(zip(("map.weight", "map.bias"), fitted, strict=True))
 
     def forward(
         self, hidden_states: Tensor, *, attention_mask: Tensor | None, labels: Tensor

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import scpl_ds
 from scpl_ds.errors import DataError
@@ -68,7 +68,9 @@ def by_hand(model: PreTrainedModel, scale: float = 1.0, lanes: int = 1) -> tuple
         rows.append(torch.cat([x for x, _ in own])[: WANTED // lanes])
         targets.append(torch.cat([y for _, y in own])[: WANTED // lanes] * scale)
     handle.remove()
-    return ridge(F.layer_norm(torch.cat(rows), (32,)), torch.cat(targets), lambda _: None)
+    found = ridge(F.layer_norm(torch.cat(rows), (32,)), torch.cat(targets), lambda _: None)
+    assert found is not None
+    return found
 
 
 def weights(running: scpl_ds.Engine) -> dict[str, Tensor]:
@@ -102,6 +104,36 @@ def test_scores_that_the_model_divides_are_divided_for_the_head_too() -> None:
         running.calibrate(batches())
         found = weights(running)[HEAD + "map.weight"]
         torch.testing.assert_close(found, weight, rtol=1e-4, atol=1e-6)
+
+    run_ranks(1, body)
+
+
+def test_scores_at_padding_say_nothing_about_what_the_model_scales() -> None:
+    """Left padding, where the scores of a model may be anything: here they are NaN."""
+
+    class Padded(LlamaForCausalLM):
+        def forward(  # pyright: ignore
+            self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any
+        ) -> Any:
+            out = super().forward(input_ids, attention_mask, **inputs)
+            out.logits = out.logits.masked_fill((attention_mask == 0)[..., None], torch.nan)
+            return out
+
+    def left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[:, :3] = 0
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        return {"input_ids": batch["input_ids"], "attention_mask": mask, "labels": labels}
+
+    def body() -> None:
+        found = []
+        for kind in (LlamaForCausalLM, Padded):
+            model = tiny_lm.model()
+            model.__class__ = kind
+            running = engine(model=model, pipeline_ranks=1)
+            running.calibrate(map(left, batches()))
+            found.append(weights(running)[HEAD + "map.weight"])
+        assert torch.equal(*found) and found[0].abs().sum() > 0
 
     run_ranks(1, body)
 
@@ -271,7 +303,9 @@ def test_a_head_behind_copies_of_layers_is_fitted_to_what_it_sees(tmp_path: Path
         found = heads(1)[HEAD + "map.weight"]
         targets = torch.cat(read)[:WANTED]
         behind_one = torch.cat(rows)[:WANTED]
-        weight, _ = ridge(F.layer_norm(behind_one, (32,)), targets, lambda _: None)
+        fitted = ridge(F.layer_norm(behind_one, (32,)), targets, lambda _: None)
+        assert fitted is not None
+        weight = fitted[0]
         torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(heads(0)[HEAD + "map.weight"], weight, rtol=1e-3, atol=1e-4)
 
@@ -338,6 +372,7 @@ def test_rows_that_are_not_finite_count_for_nothing() -> None:
     kept = [n for n in range(50) if n not in (3, 9)]
     found = ridge(broken, targets, lambda _: None)
     torch.testing.assert_close(found, ridge(rows[kept], targets[kept], lambda _: None))
+    assert ridge(torch.full((4, 6), torch.nan), targets[:4], lambda _: None) is None
 
 
 def test_a_checkpoint_under_another_cut_has_only_its_new_heads_fitted(tmp_path: Path) -> None:
