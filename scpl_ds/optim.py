@@ -35,7 +35,7 @@ class OptimizerState:
 LrSchedule = Callable[[int], float]
 """Optimizer step, 0-based -> learning rate of that step divided by the optimizer's ``lr``."""
 
-HF_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+HF_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay")
 
 
 HEAD = "objective."
@@ -146,7 +146,10 @@ def lr_schedule(section: DeepSpeedSection, train: TrainSection, total_steps: int
     if section.scheduler is not None:
         return deepspeed_schedule(section.scheduler, section.lr, total_steps, warmup)
     kind = train.lr_scheduler_type or "linear"
-    return lambda step: lr_factor(step, total_steps, kind=kind, warmup_steps=warmup)
+    decay = round(total_steps * train.decay_ratio)
+    return lambda step: lr_factor(
+        step, total_steps, kind=kind, warmup_steps=warmup, decay_steps=decay
+    )
 
 
 def needs_total_steps(spec: SchedulerSpec) -> bool:
@@ -161,7 +164,14 @@ def warmup_steps(train: TrainSection, total_steps: int) -> int:
     return math.ceil(total_steps * (train.warmup_ratio or 0.0))
 
 
-def lr_factor(step: int, total_steps: int, *, kind: str = "linear", warmup_steps: int = 0) -> float:
+def lr_factor(
+    step: int,
+    total_steps: int,
+    *,
+    kind: str = "linear",
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+) -> float:
     """Factor of the peak learning rate in Hugging Face's schedules.
 
     Args:
@@ -169,6 +179,7 @@ def lr_factor(step: int, total_steps: int, *, kind: str = "linear", warmup_steps
         total_steps: Optimizer steps of the whole run.
         kind: ``linear`` and ``cosine`` fall to 0 at ``total_steps``; ``constant`` ignores warm-up.
         warmup_steps: Steps of linear rise from 0.
+        decay_steps: Of ``warmup_stable_decay``: the last steps, in which it falls to 0 linearly.
 
     Raises:
         ValueError: Unknown ``kind``.
@@ -184,6 +195,8 @@ def lr_factor(step: int, total_steps: int, *, kind: str = "linear", warmup_steps
         return step / max(1, warmup_steps)
     if kind == "constant_with_warmup":
         return 1.0
+    if kind == "warmup_stable_decay":
+        return min(1.0, max(0.0, (total_steps - step) / max(1, decay_steps)))
     left = max(1, total_steps - warmup_steps)
     if kind == "linear":
         return max(0.0, (total_steps - step) / left)

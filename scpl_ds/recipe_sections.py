@@ -179,12 +179,18 @@ class TrainSection(Section):
     """Same as ``deepspeed.optimizer.params.eps``; 1e-8 when neither is set."""
     max_grad_norm: Number | None = None
     """Same as ``deepspeed.gradient_clipping``, per stage; 1.0 when neither is set, 0 is off."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] | None = None
+    lr_scheduler_type: (
+        Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"]
+        | None
+    ) = None
     """LR schedule when there is no ``deepspeed.scheduler``; then ``linear`` unless set."""
     warmup_steps: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] | None = None
     """Optimizer steps of warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1), BeforeValidator(not_bool)] | None = None
     """Warm-up as a fraction of all steps; set this or ``warmup_steps``."""
+    decay_ratio: Fraction = 0.2
+    """Of ``warmup_stable_decay``: in this last part of all steps the rate falls to 0; until then it
+    stays at its peak, so that ``scpl.polish`` still has something to move with."""
     logging_steps: Count = 10
     """Optimizer steps between two log lines."""
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"

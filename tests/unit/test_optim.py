@@ -99,6 +99,27 @@ def test_factors_equal_transformers(kind: str, total: int, warmup: int):
         theirs.step()
 
 
+@pytest.mark.parametrize(("total", "warmup", "decay"), [(10, 0, 3), (10, 3, 4), (10, 3, 7)])
+def test_a_stable_rate_that_decays_at_the_end_equals_transformers(
+    total: int, warmup: int, decay: int
+):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(
+        "warmup_stable_decay", optimizer, num_warmup_steps=warmup, num_training_steps=total,
+        scheduler_specific_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
+    )  # fmt: skip
+    train = TrainSection(
+        lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup, decay_ratio=decay / total
+    )
+    ours = lr_schedule(section(), train, total)
+    for step in range(total + 3):
+        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-12), step
+        optimizer.step()
+        theirs.step()
+
+
 DEEPSPEED: list[tuple[str, dict[str, Any]]] = [
     ("WarmupLR", {"warmup_num_steps": 4}),
     ("WarmupLR", {"warmup_num_steps": 1, "warmup_type": "linear"}),
