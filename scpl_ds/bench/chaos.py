@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from scpl_ds import checkpoint
+from scpl_ds.checkpoint_files import unsealed_name
 from scpl_ds.distributed.file_world import join_file_world
 from scpl_ds.distributed.world import RankEnv
 from scpl_ds.errors import CheckpointError, ScplError
@@ -135,9 +136,12 @@ class _Life:
     def named(self) -> int:
         """Step of the checkpoint that ``latest`` names; -1: there is none."""
         try:
-            return int((self.run / checkpoint.LATEST).read_text().rpartition("-")[2])
+            name = unsealed_name((self.run / checkpoint.LATEST).read_bytes())
         except OSError:
             return -1
+        if name is None:  # then it is lost
+            raise ScplError(f"{self.run / checkpoint.LATEST} is damaged.")
+        return int(name.rpartition("-")[2])
 
     def step(self) -> int:
         """Of the last complete checkpoint; -1: there is none that can be read."""
