@@ -140,7 +140,7 @@ def check_against_files(engine: scpl_ds.Engine, reader: Reader) -> None:
 def check_went_on(
     engine: scpl_ds.Engine, read: BatchLoader, losses: Any, wanted: Reader, **near: float
 ) -> None:
-    """Every step's losses, and in the end parameters, moments and place, are those of ``wanted``."""
+    """Every step's losses, and in the end parameters, moments and place, are as in ``wanted``."""
     told = wanted.manifest["client_state"]
     assert len(losses) == AFTER
     for found, expected in zip(losses, told["losses"], strict=True):
