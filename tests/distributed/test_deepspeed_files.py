@@ -15,8 +15,9 @@ from torch import Tensor
 
 import scpl_ds
 from scpl_ds.checkpoint import Reader
+from scpl_ds.errors import SaveError
 from tests.support import runs
-from tests.support.distributed import run_ranks
+from tests.support.distributed import no_room, run_ranks
 
 pytestmark = [pytest.mark.forks, pytest.mark.timeout(600)]
 
@@ -98,10 +99,37 @@ def test_the_manifest_has_deepspeeds_files_and_loading_reads_none_of_them(tmp_pa
     run_ranks(2, body)
 
 
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_for_deepspeeds_files_is_an_error_on_all_ranks(
+    tmp_path: Path, full: int, zero: str
+) -> None:
+    """Its ranks wait for each other after every file: one that left would leave the others."""
+
+    def body() -> None:
+        engine = engine_of(zero)
+        batches = batches_of(engine)
+        train(engine, batches, 1)
+        first = engine.save_checkpoint(tmp_path, deepspeed_files=True)
+        ours = max(path.stat().st_size for path in first.glob("*.safetensors"))
+        theirs = [path.stat().st_size for path in first.rglob(f"*rank_{full}_*optim_states.pt")]
+        assert len(theirs) == STAGES and min(theirs) > ours
+        dist.barrier()
+        train(engine, batches, 1)
+        with no_room(full, ours), pytest.raises(SaveError, match=f"rank {full} could not write"):
+            engine.save_checkpoint(tmp_path, deepspeed_files=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "latest"]
+        dist.barrier()
+        engine.save_checkpoint(tmp_path, deepspeed_files=True)
+        assert fp32_of(tmp_path / "checkpoint-2" / "deepspeed" / "stage-0")
+
+    run_ranks(2, body)
+
+
 def test_deepspeed_files_of_other_backends_and_in_the_background_are_refused(tmp_path: Path):
     engine = runs.engine(2, sharding="none")
     with pytest.raises(ValueError, match="cannot be written in the background"):
         engine.save_checkpoint(tmp_path, deepspeed_files=True, background=True)
-    with pytest.raises(ValueError, match="needs scpl.sharding: deepspeed"):
+    with pytest.raises(ValueError, match=r"needs scpl\.sharding: deepspeed"):
         engine.save_checkpoint(tmp_path, deepspeed_files=True)
     assert list(tmp_path.iterdir()) == []
