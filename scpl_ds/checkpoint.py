@@ -7,6 +7,7 @@
       stage-0.safetensors              parameters, persistent buffers, local head
       stage-0.optimizer.safetensors    "<moment>/<parameter name>", whole, fp32
       model/                           config.json and tokenizer: what an export needs beside it
+      deepspeed/                       DeepSpeed's own files, where they were asked for; never read
     latest                             "checkpoint-200", and the checksum of that
 
 Where a stage has several data-parallel ranks each writes a share of its tensors, whole ones, into
@@ -33,6 +34,8 @@ from scpl_ds.checkpoint_damage import damage_of
 from scpl_ds.checkpoint_files import (
     LATEST,
     MANIFEST,
+    MODEL_FILES,
+    OWN_FILES,
     checksum,
     replace_folder,
     share_out,
@@ -79,7 +82,8 @@ class Reader:
     def verify(
         self, *, with_optimizer: bool = True, share: int = 0, shares: int = 1
     ) -> Collection[str]:
-        """Compare files with their checksums: all, or one of ``shares`` that are about as large.
+        """Compare files with their checksums: all that are read, or one of ``shares`` of them that
+        are about as large.
 
         Returns:
             What was compared, for :meth:`trust` of the other ranks.
@@ -90,7 +94,8 @@ class Reader:
         sizes = {
             name: self.manifest["bytes"][name]
             for name in self.manifest.get("checksums", {})
-            if with_optimizer or not name.endswith(OPTIMIZER)
+            if (with_optimizer or not name.endswith(OPTIMIZER))
+            and not name.startswith(f"{OWN_FILES}/")
         }
         own = [name for name, owner in share_out(sizes, shares).items() if owner == share]
         for name in own:
@@ -104,7 +109,7 @@ class Reader:
             CheckpointError: A file is not what was written.
         """
         for name in self.manifest["bytes"]:
-            if "/" in name:
+            if name.startswith(f"{MODEL_FILES}/"):
                 self._check(name)
 
     def trust(self, files: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST, LATEST = "manifest.json", "latest"
+MODEL_FILES, OWN_FILES = "model", "deepspeed"
+"""Folders in a checkpoint: what an export needs, and a backend's own files, which nobody here
+reads."""
 _CHUNK = 16 * 2**20
 _SEAL = re.compile(rb',\n "checksum": "([0-9a-f]{16})"\n}\Z')
 
@@ -65,6 +68,14 @@ def copy_files(source: Path, target: Path, folder: Path) -> list[Written]:
     for path in [*copied, target, *(path for path in target.rglob("*") if path.is_dir())]:
         sync_file(path)
     return [describe(path, folder) for path in copied]
+
+
+def take_files(paths: Iterable[Path], folder: Path) -> list[Written]:
+    """See files that somebody else wrote into a checkpoint's ``folder`` onto the disk."""
+    found = sorted(paths)
+    for path in (*found, *sorted({path.parent for path in found})):
+        sync_file(path)
+    return [describe(path, folder) for path in found]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from scpl_ds.checkpoint_files import (
     MANIFEST,
+    MODEL_FILES,
+    OWN_FILES,
     Written,
     copy_files,
     replace_folder,
     seal,
     sync_file,
+    take_files,
     write_tensors,
     write_text,
 )
@@ -109,6 +112,17 @@ class Writer:
             path = self._partial / f"{share.name}{ending}"
             self.written.append(write_tensors(path, tensors, about, self._partial))
 
+    def write_own_files(self, stage: int, write: Callable[[Path], list[Path]]) -> None:
+        """Let a backend write files of its own format; ``write`` gets the stage's folder and is
+        called whatever has failed before: others of the stage wait for it."""
+        folder = self._partial / OWN_FILES / f"stage-{stage}"
+        try:
+            paths = write(folder)
+        except OSError as error:
+            self.failure = self.failure or str(error)
+        else:
+            self._attempt(lambda: self.written.extend(take_files(paths, self._partial)))
+
     def finish(
         self,
         *,
@@ -128,7 +142,7 @@ class Writer:
 
         def write() -> None:
             if model_files is not None:
-                files.extend(copy_files(model_files, self._partial / "model", self._partial))
+                files.extend(copy_files(model_files, self._partial / MODEL_FILES, self._partial))
             files.sort(key=lambda file: file.name)
             manifest = {
                 "format": FORMAT,

@@ -226,6 +226,7 @@ class Engine(EngineEvaluation):
         *,
         model_files: Path | None = None,
         background: bool = False,
+        deepspeed_files: bool = False,
         on_saved: Callable[[Path], None] | None = None,
     ) -> Path:
         """Write ``save_dir/tag`` (default ``checkpoint-<step>``), whole or not at all.
@@ -238,17 +239,23 @@ class Engine(EngineEvaluation):
                 the checkpoint can be exported.
             background: Return once everything has been copied to the host's memory; a thread
                 writes it. The next save or load, or ``finish_saving``, waits for it.
+            deepspeed_files: Beside it, in ``deepspeed/stage-<k>/``, what DeepSpeed itself saves of
+                each stage, for ``zero_to_fp32``; never read here. Not with ``background``.
             on_saved: Called on rank 0 with the folder, once it is in place.
 
         Raises:
             SaveError: A rank could not write its part, or that of the save before; on every rank.
+            ValueError: ``deepspeed_files`` in the background, or of stages not under DeepSpeed.
         """
+        if deepspeed_files and background:
+            raise ValueError("deepspeed_files cannot be written in the background: leave one out.")
         self.drain()
         folder = Path(save_dir) / (tag or f"checkpoint-{self.global_steps}")
         state = {**(client_state or {}), "batch_id": self._batch_id}
         facts = Facts(
-            self.global_steps, self.plan.bounds, state, save_latest, model_files, on_saved
-        )
+            self.global_steps, self.plan.bounds, state, save_latest, model_files, on_saved,
+            deepspeed_files,
+        )  # fmt: skip
         self._saves.save(self.stages, folder, facts, background=background)
         return folder
 

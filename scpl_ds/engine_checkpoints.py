@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import socket
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 from scpl_ds import checkpoint
 from scpl_ds.checkpoint import Reader, Share, Writer
-from scpl_ds.checkpoint_files import Written
+from scpl_ds.checkpoint_files import OWN_FILES, Written
 from scpl_ds.distributed.board import Board
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
@@ -37,6 +38,8 @@ class Facts:
     model_files: Path | None
     on_saved: Callable[[Path], None] | None
     """Called on the coordinator once the checkpoint is in place."""
+    own_files: bool = False
+    """The backends' own files too; not in the background."""
 
 
 class Saves:
@@ -64,7 +67,12 @@ class Saves:
                 return
             for stage in stages:
                 writer.write_stage(stage.share())
+                if facts.own_files:
+                    write, tag = stage.write_own_files, f"global_step{facts.step}"
+                    writer.write_own_files(stage.index, functools.partial(write, tag=tag))
             files = _agree(self._mesh, writer)
+            if facts.own_files and not any(f.name.startswith(OWN_FILES) for f in files):
+                raise ValueError("deepspeed_files needs scpl.sharding: deepspeed.")
             if self._mesh.rank == 0:
                 _finish(writer, folder, facts, files)
             _agree(self._mesh, writer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from scpl_ds.data.loader import BatchLoader
-from scpl_ds.data.stream import StreamLoader
+from scpl_ds.data.stream_loader import StreamLoader
 from scpl_ds.recipe import Recipe
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scpl_ds.problems import Problem
+from scpl_ds.recipe_scpl import ScplSection
 from scpl_ds.recipe_sections import DataChoice, ModelSection, TrainSection
 
 
@@ -21,6 +22,13 @@ def across(sections: Mapping[str, Any]) -> list[Problem]:
     if train.sample_prompts and train.eval_strategy == "no":
         message = "are written at evaluations, and train.eval_strategy is no; remove one of the two"
         problems.append(Problem("train.sample_prompts", message))
+    scpl: ScplSection | None = sections.get("scpl")
+    if train.save_deepspeed_files and scpl is not None and scpl.sharding != "deepspeed":
+        message = f"needs scpl.sharding: deepspeed, found {scpl.sharding}; remove the key"
+        problems.append(Problem("train.save_deepspeed_files", message))
+    if train.save_deepspeed_files and train.save_async:
+        message = "cannot be written in the background; remove it or train.save_async"
+        problems.append(Problem("train.save_deepspeed_files", message))
     if data is not None and getattr(data.options, "streaming", False):
         problems += _streaming(train, model)
     return problems

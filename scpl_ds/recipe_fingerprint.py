@@ -45,6 +45,7 @@ _NOT_IN_FINGERPRINT = {
         "save_steps",
         "save_total_limit",
         "save_async",
+        "save_deepspeed_files",
         "load_best_model_at_end",
         "metric_for_best_model",
         "greater_is_better",

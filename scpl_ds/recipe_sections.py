@@ -206,6 +206,10 @@ class TrainSection(Section):
     save_async: bool = False
     """Write checkpoints in a thread while the run goes on, once their tensors have been copied to
     the host's memory, which needs room for them; the next one, and the end, waits for it."""
+    save_deepspeed_files: bool = False
+    """Write into every checkpoint, beside what is resumed from, DeepSpeed's own files of each stage
+    (``deepspeed/stage-k``), which its ``zero_to_fp32`` reads; with ``scpl.sharding: deepspeed``,
+    without ``save_async``."""
     load_best_model_at_end: bool = False
     """Export, and score at the end, the best checkpoint instead of the last; it is never removed by
     ``save_total_limit``. Evaluations and checkpoints must fall on the same steps."""

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import struct
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -322,6 +323,15 @@ class Stage:
         tensors = _rename(self.backend.parameters_by_name(names.keys(), keep=keep), names)
         state = _rename_state(self.backend.optimizer_state(keep=keep), names)
         return Share(self.index, tensors, state, rank, ranks)
+
+    def write_own_files(self, folder: Path, tag: str) -> list[Path]:
+        """The backend's own files, if it has a format (a collective of the stage); returns those
+        of this rank.
+
+        Raises:
+            OSError: One could not be written.
+        """
+        return self.backend.write_own_files(folder, tag, self.module.checkpoint_names())
 
     def read(self, reader: Reader, *, with_optimizer: bool = True) -> None:
         """Take this stage's tensors, and optimizer state, from a checkpoint, whatever its cut.

@@ -327,6 +327,7 @@ class Run:
                 client_state=state,
                 model_files=self.folder.model_files,
                 background=train.save_async,
+                deepspeed_files=train.save_deepspeed_files,
                 on_saved=on_saved,
             ),
         )

@@ -20,7 +20,8 @@ from scpl_ds.data.language import (
     tokenize_texts,
 )
 from scpl_ds.data.loader import BatchLoader
-from scpl_ds.data.stream import Position, Stream, StreamLoader
+from scpl_ds.data.stream import Position, Stream
+from scpl_ds.data.stream_loader import StreamLoader
 from scpl_ds.data.text import (
     Collator,
     TokenizedDataset,
@@ -285,11 +286,12 @@ def make_loaders(
     if data.facts.num_train is None:
         stream = data.train if isinstance(data.train, Stream) else None
         streamed = StreamLoader(
-            None if stream is None else stream.for_rank(mesh.dp_rank, mesh.dp_size),
+            stream,
             micro_batch_size=sizes.micro_batch,
             collate=_collator(recipe, data),
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
+            global_batch_size=sizes.global_batch,
             num_workers=recipe.train.dataloader_num_workers,
             ahead=AHEAD if cuda else 0,
             pin_memory=cuda,

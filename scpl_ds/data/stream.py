@@ -9,19 +9,16 @@ loaded.)
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch.utils.data
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader
 
 from scpl_ds.data._base import TextStream
 from scpl_ds.data.language import Piece, RowWriter, lay_out
-from scpl_ds.data.loader import Batch, ahead_of, permutation
+from scpl_ds.data.loader import permutation
 from scpl_ds.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -214,133 +211,3 @@ class Stream:
             part = f", shard {shard} of {count}" if count > 1 else ""
             where = f"{source.origin}{part}, row {number}"
         return _Row(where, {name: values.get(column) for name, column in source.columns.items()})
-
-
-class StreamLoader:
-    """Micro-batches of a stream, without end.
-
-    As with ``BatchLoader`` a batch counts as consumed when it is handed out, whatever was prepared
-    beyond it.
-
-    Args:
-        stream: This rank's; None on a rank that reads no data.
-        micro_batch_size: Samples of a micro-batch.
-        collate: List of samples -> batch.
-        dp_size: Data-parallel ranks, each of which has its own position.
-        num_workers: Above 0, one process prepares batches ahead.
-        ahead: With 0 workers, batches that a thread has ready.
-        pin_memory: In page-locked memory.
-    """
-
-    def __init__(
-        self,
-        stream: Stream | None,
-        *,
-        micro_batch_size: int,
-        collate: Callable[[list[Any]], Batch],
-        dp_rank: int,
-        dp_size: int,
-        num_workers: int = 0,
-        ahead: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        self.stream, self.collate = stream, collate
-        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
-        self.num_workers, self.ahead, self.pin_memory = num_workers, ahead, pin_memory
-        self._position = Position()
-        self._generation = 0
-
-    @property
-    def position(self) -> dict[str, Any] | None:
-        """Where this rank stands: plain values; None on a rank that reads no data."""
-        return None if self.stream is None else self._position.plain()
-
-    def saved(self, positions: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-        """What a checkpoint keeps of every rank's position."""
-        lanes = [each for each in positions if each is not None]
-        return {"lanes": lanes, **self._order()}
-
-    def _order(self) -> dict[str, Any]:
-        """What the order of the samples hangs on, where the stream is read."""
-        if self.stream is None:
-            return {}
-        s = self.stream
-        return {
-            "seed": s.seed,
-            "shuffle_buffer": s.buffer,
-            "packing": s.packing,
-            "max_length": s.write.max_length,
-            "num_shards": s.source.rows.num_shards,
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on behind the last sample of :meth:`saved`. Iterators made before are void.
-
-        Raises:
-            DataError: It is of another number of data-parallel ranks, or of another order.
-        """
-        if "lanes" not in saved:
-            raise DataError(
-                "The checkpoint was written without data.streaming: the order of samples cannot be "
-                "continued. Use the same data section."
-            )
-        if len(saved["lanes"]) != self.dp_size:
-            raise DataError(
-                f"The checkpoint's stream was read by {len(saved['lanes'])} data-parallel ranks, "
-                f"this run has {self.dp_size}: the order of samples cannot be continued. Launch as "
-                "many ranks as before, or set scpl.pipeline_ranks."
-            )
-        for key, mine in self._order().items():
-            if saved[key] != mine:
-                raise DataError(
-                    f"The checkpoint's stream has {key} {saved[key]}, this run's {mine}: the order "
-                    "of samples cannot be continued. Use the same data section and train.seed."
-                )
-        self._position = Position.of(saved["lanes"][self.dp_rank])
-        self._generation += 1
-
-    def __iter__(self) -> Iterator[Batch]:
-        assert self.stream is not None, "only first-stage ranks read data"
-        generation = self._generation
-        for batch, position in self._load(self.stream):
-            if generation != self._generation:
-                raise RuntimeError(
-                    "This iterator is void: the loader was restored. Call iter() again."
-                )
-            self._position = Position.of(position)
-            yield batch
-
-    def _load(self, stream: Stream) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        made = _Batches(stream, self._position, self.micro_batch_size, self.collate)
-        if self.num_workers:
-            # One: several would have to share the shards out once more.
-            return iter(
-                DataLoader(made, batch_size=None, num_workers=1, pin_memory=self.pin_memory)
-            )
-        batches = iter(made)
-        if not self.ahead:
-            return batches
-
-        def following(_: None) -> tuple[Batch, dict[str, Any]]:
-            batch, position = next(batches)
-            if self.pin_memory:
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-            return batch, position
-
-        return ahead_of(following, itertools.repeat(None), self.ahead)
-
-
-class _Batches(torch.utils.data.IterableDataset[Any]):
-    """Batches with the positions behind them, as a process of its own can make them."""
-
-    def __init__(
-        self, stream: Stream, position: Position, size: int, collate: Callable[[list[Any]], Batch]
-    ) -> None:
-        self._stream, self._position = stream, position
-        self._size, self._collate = size, collate
-
-    def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        samples = self._stream.samples(self._position)
-        while True:
-            chunk = list(itertools.islice(samples, self._size))
-            yield self._collate([sample for sample, _ in chunk]), chunk[-1][1].plain()

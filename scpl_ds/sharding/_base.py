@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,24 @@ class StageBackend(abc.ABC):
     @abc.abstractmethod
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Put back what ``optimizer_state`` gave; parameters without an entry start from zero."""
+
+    def write_own_files(self, folder: Path, tag: str, names: Mapping[str, str]) -> list[Path]:
+        """Write a checkpoint in the backend's own format too, if it has one (a collective of the
+        stage).
+
+        Args:
+            folder: Of this stage.
+            tag: Of this step.
+            names: The module's names -> those of a checkpoint.
+
+        Returns:
+            The files that this rank wrote.
+
+        Raises:
+            OSError: One could not be written; after all collectives.
+        """
+        del folder, tag, names
+        return []
 
     def close(self) -> None:  # noqa: B027 - most have nothing else that holds on to it
         """Let go of the module and its memory; nothing is asked of this backend afterwards."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from scpl_ds.sharding._base import (
     set_lr,
     trainable,
 )
+from scpl_ds.sharding._deepspeed_files import write_deepspeed_files
 from scpl_ds.sharding._deepspeed_world import stage_world
 
 
@@ -187,6 +189,9 @@ class DeepSpeedBackend(StageBackend):
                 tensor.data = tensor.data.new_empty(0)
 
     # -- state -----------------------------------------------------------------------------
+
+    def write_own_files(self, folder: Path, tag: str, names: Mapping[str, str]) -> list[Path]:
+        return write_deepspeed_files(self.engine, folder, tag, names)
 
     def parameters_by_name(
         self, names: Collection[str], *, keep: Collection[str] | None = None

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,19 +13,7 @@ from scpl_ds import checkpoint
 from scpl_ds.checkpoint import Reader
 from scpl_ds.errors import CheckpointError, SaveError
 from tests.support import runs
-from tests.support.distributed import distributed
-
-
-@contextlib.contextmanager
-def no_room(rank: int) -> Iterator[None]:
-    """On that rank no file can grow beyond 32 KiB: writing larger ones really fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (32 * 1024, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from tests.support.distributed import distributed, no_room
 
 
 def held(reader: Reader) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -128,6 +129,18 @@ def rank_world(rank: int, world: int, store: Path) -> Iterator[None]:
     dist.barrier()  # a rank that leaves while a peer still connects makes that one fail
     yield
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def no_room(rank: int, limit: int = 32 * 1024) -> Iterator[None]:
+    """On that rank no file can grow beyond ``limit`` bytes: writing larger ones really fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def wait_for(pids: dict[int, int], *, limit_s: float) -> list[tuple[int, str]]:

@@ -51,7 +51,14 @@ OWNERS: dict[str, frozenset[str]] = {
         {"distributed", "sharding", "baselines", "checkpoint"}
     ),
     "transformers": frozenset({"partition", "data", "checkpoint", "export"}),
-    "deepspeed": frozenset({"sharding/deepspeed.py", "sharding/_deepspeed_world.py", "baselines"}),
+    "deepspeed": frozenset(
+        {
+            "sharding/deepspeed.py",
+            "sharding/_deepspeed_files.py",
+            "sharding/_deepspeed_world.py",
+            "baselines",
+        }
+    ),
     "wandb": frozenset({"trackers/wandb.py"}),
     "peft": frozenset({"partition/lora.py"}),
 }

@@ -150,3 +150,19 @@ def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, [override])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path, value, text",
+    [
+        ("scpl.sharding", "fsdp", "needs scpl.sharding: deepspeed, found fsdp; remove the key"),
+        ("train.save_async", True, "cannot be written in the background; remove it or train."),
+    ],
+)
+def test_deepspeed_files_are_refused_where_they_cannot_be(path: str, value: Any, text: str):
+    asked = changed("train.save_deepspeed_files", True)
+    assert recipe_from_mapping(asked).train.save_deepspeed_files
+    asked[path.split(".")[0]][path.split(".")[1]] = value
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_mapping(asked)
+    assert f"train.save_deepspeed_files: {text}" in str(caught.value)
