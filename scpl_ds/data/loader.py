@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from scpl_ds.data._workers import in_processes
 from scpl_ds.errors import DataError
 
 Batch = dict[str, Tensor]
@@ -281,14 +282,12 @@ class BatchLoader:
             if self.ahead:
                 return ahead_of(self._make, indices, self.ahead)
             return (self._make(chunk) for chunk in indices)
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=_Once(indices),  # pyright: ignore[reportArgumentType]
-                num_workers=self.num_workers,
-                collate_fn=self.collate,
-                pin_memory=self.pin_memory,
-            )
+        return in_processes(
+            self.dataset,
+            batch_sampler=_Once(indices),
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            pin_memory=self.pin_memory,
         )
 
     def _make(self, chunk: list[int]) -> Batch:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch.utils.data
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader
 
 from scpl_ds.data._base import TextStream
+from scpl_ds.data._workers import in_processes
 from scpl_ds.data.language import Piece, RowWriter, lay_out
 from scpl_ds.data.loader import Batch, ahead_of, permutation
 from scpl_ds.errors import DataError
@@ -314,9 +314,7 @@ class StreamLoader:
         made = _Batches(stream, self._position, self.micro_batch_size, self.collate)
         if self.num_workers:
             # One: several would have to share the shards out once more.
-            return iter(
-                DataLoader(made, batch_size=None, num_workers=1, pin_memory=self.pin_memory)
-            )
+            return in_processes(made, batch_size=None, num_workers=1, pin_memory=self.pin_memory)
         batches = iter(made)
         if not self.ahead:
             return batches

@@ -103,6 +103,26 @@ def test_a_run_told_to_stop_saves_and_goes_on_to_the_same_bits(
     assert_same(tensors_of(run / f"checkpoint-{last}"), tensors_of(whole(shape[1])))
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_all_processes_of_a_job_saves_though_workers_get_it_too(
+    name: str, base: Recipe, tmp_path: Path
+):
+    """They left, and the run ended with 'DataLoader worker exited unexpectedly'."""
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run, **LONG, **{"train.dataloader_num_workers": 2})
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        os._exit(train(recipe))
+    os.waitpid(pid, os.WUNTRACED)
+    os.killpg(pid, getattr(signal, name))
+    os.kill(pid, signal.SIGCONT)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (run / "latest").read_text().split()[0] in ("checkpoint-2", "checkpoint-3")
+
+
 def test_a_signal_in_the_last_step_lets_the_run_end(base: Recipe, tmp_path: Path):
     run = tmp_path / "run"
     run_ranks(2, with_signal(recipe_for(base, "none", run), {1}, "SIGTERM", 8))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing
+import os
+import signal
 import threading
 import traceback
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from scpl_ds.data._workers import in_processes
 from scpl_ds.data.loader import BatchLoader, epoch_order
 from scpl_ds.errors import DataError
 
@@ -315,3 +320,24 @@ def test_an_error_of_the_thread_comes_where_its_batch_would_have_with_its_traceb
 def test_batches_for_a_gpu_are_pinned_by_the_thread():
     batch = next(iter(loader(8, ahead=2, pin_memory=True)))
     assert batch["ids"].is_pinned()
+
+
+@pytest.mark.forks
+def test_a_worker_ends_when_its_own_process_says_so_and_when_nobody_else_does():
+    """A rank that exits ends its workers by SIGTERM and waits for them."""
+    numbers: Any = range(10_000)
+    batches = in_processes(numbers, num_workers=1, batch_size=None)
+    assert next(batches) == 0
+    (worker,) = multiprocessing.active_children()
+    other = os.fork()
+    if other == 0:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid or 0, number)
+        os._exit(0)
+    os.waitpid(other, 0)
+    assert [next(batches) for _ in range(20)] == list(range(1, 21))
+    os.kill(worker.pid or 0, signal.SIGUSR1)
+    assert next(batches) == 21
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
