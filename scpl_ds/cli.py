@@ -242,13 +242,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    if args.task is None:
-        recipe, folder = _open(args.run_dir, [])
-        task = recipe.model.task
-    else:  # a checkpoint of engine.save_checkpoint: no recipe beside it
-        from scpl_ds import checkpoint
+    from scpl_ds import checkpoint
+    from scpl_ds.checkpoint_damage import task_of
 
-        folder, task = checkpoint.resolve(Path(args.run_dir).expanduser()), args.task
+    where, task = Path(args.run_dir).expanduser(), args.task
+    if task is None and (where / checkpoint.MANIFEST).is_file():
+        task = task_of(checkpoint.Reader(where).manifest)  # wherever it was copied to
+    if task is None:  # else a checkpoint of engine.save_checkpoint: no recipe beside it
+        task = _open(args.run_dir, [])[0].model.task
+    folder = checkpoint.resolve(where)
     _choose_accelerator()
     from scpl_ds.export import SHARD_BYTES, export_checkpoint
 
