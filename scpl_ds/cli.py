@@ -383,9 +383,12 @@ def _log_to_console() -> None:
 
 
 def _log_to_file(run: RunFolder) -> None:
+    from scpl_ds.checkpoint_disk import writing
+
     path = run.log_file(_rank())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    with writing(path, then="Nothing was trained. Make room or mend the disk."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("scpl_ds").addHandler(handler)
 

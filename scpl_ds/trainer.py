@@ -15,6 +15,7 @@ import torch
 from scpl_ds import export
 from scpl_ds.build_checks import refuse_idle
 from scpl_ds.build_times import from_rank_0
+from scpl_ds.checkpoint_disk import writing
 from scpl_ds.checkpoint_resume import asked_for
 from scpl_ds.data.prepared import Data, make_loaders, saved_position
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
@@ -135,8 +136,9 @@ class Run:
     def _open_folder(self, trained: list[str], *, resuming: bool) -> None:
         """On rank 0; the others wait."""
         if self.is_main:
-            self.folder.prepare(self.recipe, resuming=resuming, lock=self.guard.lock)
-            self._write_model_files(trained)
+            with writing(self.folder.path, then="Nothing was trained. Make room or mend the disk."):
+                self.folder.prepare(self.recipe, resuming=resuming, lock=self.guard.lock)
+                self._write_model_files(trained)
             warn_of_no_evaluation(self)
 
     def _make_samples(self) -> Samples | None:
