@@ -102,6 +102,7 @@ class Run:
             ),
         )
         together(mesh, lambda: refuse_idle(self.engine.stages, mesh))
+        together(mesh, lambda: self.best.check(self.model.plan.bounds, self.data.facts.num_eval))
         if resume is not None:
             together(mesh, lambda: self._restore(resume))
         resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()
