@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from scpl_ds.engine import Engine
-from scpl_ds.errors import RecipeError
+from scpl_ds.errors import DataError, RecipeError
 from scpl_ds.lock import NAME
 from scpl_ds.recipe import recipe_from_mapping
 from scpl_ds.trainer import fit
@@ -192,6 +193,27 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
     assert "of stage 0 is nan at step 3" in said or "of stage 0 is inf at step 3" in said
     assert {(tmp_path / f"said-{rank}").read_text() for rank in range(ranks)} == {said}
     assert not list(run.glob("checkpoint-*"))
+
+
+def test_a_data_file_that_was_sorted_between_two_starts_is_refused(base: Recipe, tmp_path: Path):
+    """Samples were repeated and left out without a word."""
+    run, copied = tmp_path / "run", tmp_path / "train.csv"
+    rows = Path(base["data"]["train_file"]).read_text().splitlines()
+    copied.write_text("\n".join(rows) + "\n")
+    changes = {"data.train_file": str(copied), "train.export": False}
+    recipe = recipe_for(base, "none", run, **changes)
+
+    def start(max_steps: int, wanted: str | None) -> None:
+        given = {"train.max_steps": max_steps, "train.resume_from_checkpoint": "auto"}
+        with pytest.raises(DataError, match=wanted) if wanted else contextlib.nullcontext():
+            fit(recipe_from_mapping(put(recipe, given)))
+
+    run_ranks(2, lambda: start(3, None))
+    copied.write_text("\n".join([rows[0], *sorted(rows[1:])]) + "\n")
+    run_ranks(1, lambda: start(6, "samples are not those of the checkpoint: as many, 64, but"))
+    copied.write_text("\n".join(rows) + "\n")
+    run_ranks(1, lambda: start(6, None))
+    assert (run / "checkpoint-6").is_dir()
 
 
 def test_a_folder_in_which_another_run_trains_is_refused(base: Recipe, tmp_path: Path):
