@@ -307,6 +307,7 @@ class Run:
     def _save(self, step: int) -> None:
         train, run = self.recipe.train, self.folder.path
         self.health.before_save(step)
+        together(self.mesh, self.guard.lock.require)
         on_saved = self.best.saving(step, run, train.save_total_limit)
         state = {
             "data": saved_position(self.train_loader, self.mesh),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from scpl_ds.engine import Engine
-from scpl_ds.errors import DataError, RecipeError
+from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, SaveError
 from scpl_ds.lock import NAME
 from scpl_ds.recipe import recipe_from_mapping
 from scpl_ds.trainer import fit
@@ -193,6 +193,28 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
     assert "of stage 0 is nan at step 3" in said or "of stage 0 is inf at step 3" in said
     assert {(tmp_path / f"said-{rank}").read_text() for rank in range(ranks)} == {said}
     assert not list(run.glob("checkpoint-*"))
+
+
+def test_a_run_whose_folder_another_took_over_saves_nothing_there(base: Recipe, tmp_path: Path):
+    """As one that was suspended for longer than its lock is waited for."""
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run)
+
+    def taken_over() -> None:
+        owner = json.loads((run / NAME).read_text())
+        (run / NAME).write_text(json.dumps({**owner, "host": "elsewhere", "token": "another"}))
+
+    def body() -> None:
+        if os.environ["RANK"] == "1":
+            expected: Any = pytest.raises(OtherRankFailed, match="rank 0 found")
+        else:
+            at_step(2, taken_over)
+            expected = pytest.raises(SaveError, match=r"by now: process .* on elsewhere")
+        with expected:
+            fit(recipe_from_mapping(recipe))
+
+    run_ranks(2, body)
+    assert not list(run.glob("checkpoint-*")) and (run / NAME).exists()
 
 
 def test_a_data_file_that_was_sorted_between_two_starts_is_refused(base: Recipe, tmp_path: Path):
