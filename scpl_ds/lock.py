@@ -101,10 +101,10 @@ class RunLock:
         elif owner["token"] != self._owner["token"]:
             raise SaveError(
                 f"{self._path} is that of another run by now: process {owner['pid']} on "
-                f"{owner['host']}. It took over because this one, process {self._owner['pid']} on "
-                f"{self._owner['host']}, did not touch its lock for {3 * self._beat_s:.0f} s: it "
-                "was suspended, or the file system away. This run ends and saves nothing more, so as "
-                "not to write into the other's folder."
+                f"{owner['host']}. It took over because process {self._owner['pid']} on "
+                f"{self._owner['host']} did not touch its lock for {3 * self._beat_s:.0f} s: it "
+                "was suspended, or the file system away. This run ends and saves nothing more, so "
+                "as not to write into the other's folder."
             )
 
     def release(self) -> None:
@@ -132,8 +132,8 @@ class RunLock:
         """Whether the owner, on another machine or in another container, is seen to be at work."""
         limit = 3 * self._beat_s
         log.warning(
-            "%s is of another machine or container; waiting up to %.0f s to see whether it is still "
-            "in use.",
+            "%s is of another machine or container; waiting up to %.0f s to see whether it is "
+            "still in use.",
             self._path, limit,
         )  # fmt: skip
         deadline, before = time.monotonic() + limit, _touched(self._path)

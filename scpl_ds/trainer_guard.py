@@ -78,7 +78,8 @@ def _signals_ask(stop: CommonStop) -> Iterator[None]:
         yield
     finally:
         for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+            # None: it was set in C (by MPI, say), where Python cannot put it back.
+            signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
 
 
 class Health:
