@@ -308,7 +308,8 @@ class Run:
         train, run = self.recipe.train, self.folder.path
         self.health.before_save(step)
         together(self.mesh, self.guard.lock.require)
-        on_saved = self.best.saving(step, run, train.save_total_limit)
+        spare = self.health.losses.spared(run / f"checkpoint-{step}")
+        on_saved = self.best.saving(step, run, train.save_total_limit, spare=spare)
         state = {
             "data": saved_position(self.train_loader, self.mesh),
             "fingerprint": self.recipe.fingerprint(),

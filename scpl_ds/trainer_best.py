@@ -67,20 +67,23 @@ class Best:
             )
         self._score = (step, metrics[self._metric])
 
-    def saving(self, step: int, run: Path, limit: int | None) -> Callable[[Path], None]:
+    def saving(
+        self, step: int, run: Path, limit: int | None, *, spare: Sequence[Path] = ()
+    ) -> Callable[[Path], None]:
         """The checkpoint after ``step``, which may be the best, is going to be written.
 
         Args:
             step: As it was given to ``scored``.
             run: The run folder.
             limit: ``train.save_total_limit``.
+            spare: Checkpoints that it does not remove either.
 
         Returns:
             What to call once it is in place: removes what the limit says, but never the best.
         """
         if self._score is not None and self._score[0] == step and self._better(self._score[1]):
             self.value, self.checkpoint = self._score[1], run / f"checkpoint-{step}"
-        kept = [] if self.checkpoint is None else [self.checkpoint]
+        kept = [*spare, *([] if self.checkpoint is None else [self.checkpoint])]
 
         def saved(folder: Path) -> None:
             checkpoint.prune(run, limit, spare=kept)

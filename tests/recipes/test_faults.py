@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, SaveError
@@ -236,6 +238,30 @@ def test_a_data_file_that_was_sorted_between_two_starts_is_refused(base: Recipe,
     copied.write_text("\n".join(rows) + "\n")
     run_ranks(1, lambda: start(6, None))
     assert (run / "checkpoint-6").is_dir()
+
+
+def test_a_loss_that_explodes_and_stays_a_number_costs_no_checkpoint_from_before(
+    base: Recipe, tmp_path: Path
+):
+    """With save_total_limit: 1 a loss of 1e6 was saved over the last good checkpoint."""
+    run = tmp_path / "run"
+    changes = {"train.save_total_limit": 1, "deepspeed.gradient_clipping": 1.0}
+    recipe = recipe_for(base, "none", run, **changes)
+
+    def explode() -> None:
+        for module in gc.get_objects():
+            if isinstance(module, torch.nn.Linear) and module.out_features == 2:
+                module.weight.data.mul_(1e7)
+
+    def body() -> None:
+        at_step(5, explode)
+        fit(recipe_from_mapping(recipe))
+
+    run_ranks(1, body)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-8",
+    ]
 
 
 def test_a_folder_in_which_another_run_trains_is_refused(base: Recipe, tmp_path: Path):
