@@ -53,6 +53,14 @@ def scpl_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
+def task_of(manifest: Mapping[str, Any]) -> str | None:
+    """``model.task`` of the recipe where `scpl-ds train` saved."""
+    recipe = manifest["client_state"].get("recipe")
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    task = model.get("task") if isinstance(model, dict) else None
+    return task if task in ("sequence-classification", "causal-lm") else None
+
+
 def is_file_name(name: str) -> bool:
     """Whether it is that of a file in a folder, or in one below it; nothing above or absolute."""
     path = PurePath(name)

@@ -242,13 +242,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    if args.task is None:
-        recipe, folder = _open(args.run_dir, [])
-        task = recipe.model.task
-    else:  # a checkpoint of engine.save_checkpoint: no recipe beside it
-        from scpl_ds import checkpoint
+    from scpl_ds import checkpoint
+    from scpl_ds.checkpoint_damage import task_of
 
-        folder, task = checkpoint.resolve(Path(args.run_dir).expanduser()), args.task
+    where, task = Path(args.run_dir).expanduser(), args.task
+    if task is None and (where / checkpoint.MANIFEST).is_file():
+        task = task_of(checkpoint.Reader(where).manifest)  # wherever it was copied to
+    if task is None:  # else a checkpoint of engine.save_checkpoint: no recipe beside it
+        task = _open(args.run_dir, [])[0].model.task
+    folder = checkpoint.resolve(where)
     _choose_accelerator()
     from scpl_ds.export import SHARD_BYTES, export_checkpoint
 
@@ -387,9 +389,12 @@ def _run_has_begun() -> bool:
 
 
 def _log_to_file(run: RunFolder) -> None:
+    from scpl_ds.checkpoint_disk import writing
+
     path = run.log_file(_rank())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    with writing(path, then="Nothing was trained. Make room or mend the disk."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("scpl_ds").addHandler(handler)
 

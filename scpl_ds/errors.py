@@ -44,7 +44,8 @@ class CheckpointError(ScplError, RuntimeError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint that could not be written; the one before is whole."""
+    """A checkpoint, an export or a file of a run that could not be written; the checkpoints before
+    are whole."""
 
 
 FAILED_RUN = (BoundaryError, DivergenceError, SaveError)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from scpl_ds import __version__
 from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, stage_of, write_text
 from scpl_ds.checkpoint_damage import scpl_of
+from scpl_ds.checkpoint_disk import writing
 from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.export_shards import INDEX, SHARD_BYTES, Shards, pieces
 from scpl_ds.partition._hf import auto_class, model_class, one_line
@@ -96,6 +97,7 @@ def export_checkpoint(
         CheckpointError: The checkpoint is incomplete or damaged, or holds no config.
         RecipeError: ``out`` holds something that is no earlier export, or there is no adapter to
             merge.
+        SaveError: The disk is full or refuses.
     """
     check_destination(out, key="export")
     reader = Reader(folder)
@@ -119,16 +121,19 @@ def export_checkpoint(
         )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    again = f"`scpl-ds export {folder} {out} --task {task}{' --merge' if merge else ''}`"
+    left = f"Nothing of it is kept; {folder} is whole. Make room or mend the disk, then {again}."
     try:
-        shutil.copytree(source, partial)
-        if adapted:
-            _write_adapter(reader, partial)
-        else:
-            _write_model(reader, partial, task, max_shard_size)
-        if merge:
-            _merge(partial, task, max_shard_size)
-        _write_heads(reader, partial)
-        replace_folder(out, partial)
+        with writing(out, then=left):
+            shutil.copytree(source, partial)
+            if adapted:
+                _write_adapter(reader, partial)
+            else:
+                _write_model(reader, partial, task, max_shard_size)
+            if merge:
+                _merge(partial, task, max_shard_size)
+            _write_heads(reader, partial)
+            replace_folder(out, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

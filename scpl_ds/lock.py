@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
-from scpl_ds.errors import RecipeError
+from scpl_ds.errors import RecipeError, SaveError
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +27,17 @@ three times as long is nobody's."""
 class RunLock:
     """``run.lock`` in a run folder: who trains there. Taken by the coordinating rank.
 
-    It names host, process and the moment that the process began (process numbers come again). The
-    lock of a process of this host that has ended is taken over at once, one of another host when
-    nobody has touched it for ``3 * beat_s``: no two clocks are compared.
+    It names host, process and the moment that the process began (process numbers come again), and
+    where that number means something: the host's boot and namespace of process numbers, of which
+    containers under one host name have their own. There, the lock of a process that has ended is
+    taken over at once; one of anywhere else when nobody has touched it for ``3 * beat_s``: no two
+    clocks are compared.
     """
 
     def __init__(self, folder: Path, *, beat_s: float = _BEAT_S) -> None:
         self._path, self._beat_s = folder / NAME, beat_s
         self._owner = {
-            "host": socket.gethostname(),
+            **_here(),
             "pid": os.getpid(),
             "began": _began(os.getpid()),
             "token": uuid.uuid4().hex,
@@ -59,6 +61,12 @@ class RunLock:
             RecipeError: Another run is training in it.
         """
         self.check()
+        self._write()
+        if self._released.is_set():
+            self._released.clear()
+            threading.Thread(target=self._beat, daemon=True).start()
+
+    def _write(self) -> None:
         with self._path.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of two that find a lock nobody's, one is first
             owner = _parse(file)
@@ -74,9 +82,30 @@ class RunLock:
             json.dump(self._owner, file)
             file.flush()
             os.fsync(file.fileno())
+
+    def require(self) -> None:
+        """Before a save, on every rank: refuse to go on where another run has taken over, which it
+        does when this one was suspended or out of reach for too long. Nothing on ranks that did
+        not take it.
+
+        Raises:
+            SaveError: The lock is another run's.
+            RecipeError: It was removed, and another run has it by now.
+        """
         if self._released.is_set():
-            self._released.clear()
-            threading.Thread(target=self._beat, daemon=True).start()
+            return
+        owner = _read(self._path)
+        if owner is None:  # removed by a person
+            with contextlib.suppress(OSError):
+                self._write()
+        elif owner["token"] != self._owner["token"]:
+            raise SaveError(
+                f"{self._path} is that of another run by now: process {owner['pid']} on "
+                f"{owner['host']}. It took over because process {self._owner['pid']} on "
+                f"{self._owner['host']} did not touch its lock for {3 * self._beat_s:.0f} s: it "
+                "was suspended, or the file system away. This run ends and saves nothing more, so "
+                "as not to write into the other's folder."
+            )
 
     def release(self) -> None:
         """Safe to call twice, or without having taken it."""
@@ -86,23 +115,25 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(self._beat_s):
-            with contextlib.suppress(OSError):
-                os.utime(self._path)
+            owner = _read(self._path)
+            if owner is not None and owner["token"] == self._owner["token"]:
+                with contextlib.suppress(OSError):
+                    os.utime(self._path)
 
     def _lives(self, owner: dict[str, Any]) -> bool:
         if owner["token"] == self._owner["token"]:
             return False
-        if owner["host"] == self._owner["host"]:
-            # A container may have another's name and other process numbers: began tells.
+        if all(owner.get(key) == value for key, value in _here().items()):
             began = _began(owner["pid"])
             return began is not None and began == owner["began"]
         return self._is_touched()
 
     def _is_touched(self) -> bool:
-        """Whether the owner, on another machine, is seen to be at work."""
+        """Whether the owner, on another machine or in another container, is seen to be at work."""
         limit = 3 * self._beat_s
         log.warning(
-            "%s is of another machine; waiting up to %.0f s to see whether it is still in use.",
+            "%s is of another machine or container; waiting up to %.0f s to see whether it is "
+            "still in use.",
             self._path, limit,
         )  # fmt: skip
         deadline, before = time.monotonic() + limit, _touched(self._path)
@@ -118,6 +149,15 @@ class RunLock:
             f"{owner['pid']} on {owner['host']}. Wait for it or end it, or name another folder. "
             f"(If that process is not a run, remove {self._path}.)"
         )
+
+
+def _here() -> dict[str, str | None]:
+    """What must be the same for a process number to name the same process."""
+    boot = pids = None
+    with contextlib.suppress(OSError):  # not Linux: nothing but the host's name
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        pids = str(Path("/proc/self/ns/pid").readlink())
+    return {"host": socket.gethostname(), "boot": boot, "pids": pids}
 
 
 def _began(pid: int) -> str | None:

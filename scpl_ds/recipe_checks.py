@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from scpl_ds.problems import Problem
 from scpl_ds.recipe_scpl import ScplSection
 from scpl_ds.recipe_sections import DataChoice, ModelSection, TrainSection
+
+AFTER_LAYER = re.compile(r"accuracy_after_layer_(\d+)")
+"""The number of a local head that classifies."""
+_SCORES = {
+    "sequence-classification": ("loss", "accuracy", "accuracy_after_layer_N of a local head"),
+    "causal-lm": ("loss", "perplexity", "token_accuracy"),
+}
+"""Numbers of an evaluation, by task."""
 
 
 def across(sections: Mapping[str, Any]) -> list[Problem]:
@@ -29,9 +38,19 @@ def across(sections: Mapping[str, Any]) -> list[Problem]:
     if train.save_deepspeed_files and train.save_async:
         message = "cannot be written in the background; remove it or train.save_async"
         problems.append(Problem("train.save_deepspeed_files", message))
+    if model is not None and train.best_metric is not None:
+        problems += _best(train.best_metric, model.task)
     if data is not None and getattr(data.options, "streaming", False):
         problems += _streaming(train, model)
     return problems
+
+
+def _best(name: str, task: str) -> list[Problem]:
+    known = _SCORES[task]
+    if name in known or (task == "sequence-classification" and AFTER_LAYER.fullmatch(name)):
+        return []
+    message = f"'{name}' is not among the numbers of an evaluation of '{task}': {', '.join(known)}"
+    return [Problem("train.metric_for_best_model", message)]
 
 
 def _streaming(train: TrainSection, model: ModelSection | None) -> list[Problem]:

@@ -319,6 +319,13 @@ class TrainSection(Section):
         return self
 
     @property
+    def best_metric(self) -> str | None:
+        """``metric_for_best_model`` as an evaluation names it; None where no best is asked for."""
+        if not self.load_best_model_at_end:
+            return None
+        return (self.metric_for_best_model or "loss").removeprefix("eval_").removeprefix("val/")
+
+    @property
     def best_is_greatest(self) -> bool:
         """Whether the best evaluation has the greatest number."""
         name = self.metric_for_best_model or "loss"

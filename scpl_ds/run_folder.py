@@ -16,6 +16,7 @@ from typing import Any, Literal
 from scpl_ds import checkpoint
 from scpl_ds import lock as lock_file
 from scpl_ds.checkpoint import write_text
+from scpl_ds.checkpoint_disk import writing
 from scpl_ds.errors import RecipeError
 from scpl_ds.lock import RunLock
 from scpl_ds.recipe import Recipe, load_recipe
@@ -148,7 +149,10 @@ class RunFolder:
         return name
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        write_text(self.result, json.dumps(dict(result), indent=2) + "\n")
+        text = json.dumps(dict(result), indent=2)
+        left = f"The run has ended, and its checkpoints are whole; it says: {text}"
+        with writing(self.result, then=left):
+            write_text(self.result, text + "\n")
 
 
 def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunFolder, Recipe]:

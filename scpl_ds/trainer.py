@@ -15,6 +15,7 @@ import torch
 from scpl_ds import checkpoint, export
 from scpl_ds.build_checks import refuse_idle
 from scpl_ds.build_times import from_rank_0
+from scpl_ds.checkpoint_disk import writing
 from scpl_ds.data.prepared import Data, make_loaders, saved_position
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
@@ -103,6 +104,7 @@ class Run:
             ),
         )
         together(mesh, lambda: refuse_idle(self.engine.stages, mesh))
+        together(mesh, lambda: self.best.check(self.model.plan.bounds, self.data.facts.num_eval))
         if resume is not None:
             together(mesh, lambda: self._restore(resume))
         resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()
@@ -138,9 +140,10 @@ class Run:
     def _open_folder(self, trained: list[str], *, resuming: bool) -> None:
         """On rank 0; the others wait."""
         if self.is_main:
-            self.folder.prepare(self.recipe, resuming=resuming, lock=self.guard.lock)
-            checkpoint.sweep(self.folder.path)
-            self._write_model_files(trained)
+            with writing(self.folder.path, then="Nothing was trained. Make room or mend the disk."):
+                self.folder.prepare(self.recipe, resuming=resuming, lock=self.guard.lock)
+                checkpoint.sweep(self.folder.path)
+                self._write_model_files(trained)
             warn_of_no_evaluation(self)
 
     def _make_samples(self) -> Samples | None:
@@ -312,7 +315,9 @@ class Run:
     def _save(self, step: int) -> None:
         train, run = self.recipe.train, self.folder.path
         self.health.before_save(step)
-        on_saved = self.best.saving(step, run, train.save_total_limit)
+        together(self.mesh, self.guard.lock.require)
+        spare = self.health.losses.spared(run / f"checkpoint-{step}")
+        on_saved = self.best.saving(step, run, train.save_total_limit, spare=spare)
         state = {
             "data": saved_position(self.train_loader, self.mesh),
             "fingerprint": self.recipe.fingerprint(),

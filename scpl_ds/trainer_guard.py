@@ -20,6 +20,7 @@ from scpl_ds.errors import DivergenceError
 from scpl_ds.lock import RunLock
 from scpl_ds.recipe import Recipe
 from scpl_ds.run_folder import RunFolder
+from scpl_ds.trainer_losses import Losses
 
 _SIGNALS = ("SIGTERM", "SIGUSR1")
 _WATCHED = ("loss", "head_loss", "grad_norm")
@@ -78,7 +79,8 @@ def _signals_ask(stop: CommonStop) -> Iterator[None]:
         yield
     finally:
         for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+            # None: it was set in C (by MPI, say), where Python cannot put it back.
+            signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
 
 
 class Health:
@@ -92,6 +94,7 @@ class Health:
         computed_in = (engine.section.precision, engine.section.autocast)
         self._patience = _SKIPPED_STEPS if "fp16" in computed_in else 1
         self._bad = 0
+        self.losses = Losses()
 
     def logged(self, step: int, values: dict[str, float]) -> None:
         """What all ranks found in ``step``; on rank 0.
@@ -106,6 +109,7 @@ class Health:
         self._bad = self._bad + 1 if found is not None else 0
         if found is not None and self._bad >= self._patience:
             raise self._diverged(step, found)
+        self.losses.logged(step, _finite_losses(named))
 
     def before_save(self, step: int) -> None:
         """On every rank, which waits for the others; all raise the same.
@@ -115,11 +119,13 @@ class Health:
         """
         if self._patience > 1:
             return  # the step was left out: the weights are those of the step before
-        watched = {n: v for n, v in self._engine.metrics().items() if _is_watched(n)}
-        own = _first_bad({name: float(value) for name, value in watched.items()})
-        found = [each for each in gather_objects(self._engine.mesh, own) if each is not None]
+        own = {n: float(v) for n, v in self._engine.metrics().items() if _is_watched(n)}
+        everywhere = gather_objects(self._engine.mesh, own)
+        found = [bad for each in everywhere if (bad := _first_bad(each)) is not None]
         if found:
             raise self._diverged(step, found[0])
+        for each in everywhere:
+            self.losses.seen(step, _finite_losses(each))
 
     def _diverged(self, step: int, found: tuple[str, float]) -> DivergenceError:
         name, value = found
@@ -138,6 +144,10 @@ class Health:
 
 def _is_watched(name: str) -> bool:
     return name == "head/loss" or (name[:5] == "stage" and name.partition("/")[2] in _WATCHED)
+
+
+def _finite_losses(values: dict[str, float]) -> dict[str, float]:
+    return {n: v for n, v in values.items() if n.endswith("loss") and math.isfinite(v)}
 
 
 def _first_bad(values: dict[str, float]) -> tuple[str, float] | None:

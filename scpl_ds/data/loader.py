@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from scpl_ds.data._workers import in_processes
 from scpl_ds.errors import DataError
 
 Batch = dict[str, Tensor]
@@ -89,6 +90,8 @@ class BatchLoader:
             micro-batch over all ranks.
         lengths: Tokens of each sample, to bring samples of like length together in training; None
             leaves the order random.
+        checksum: Of the samples, which a position keeps and ``restore`` compares; None compares
+            nothing.
 
     Raises:
         DataError: The data has no length, is empty, or is smaller than one global batch (training
@@ -112,6 +115,7 @@ class BatchLoader:
         pin_memory: bool = False,
         global_batch_size: int | None = None,
         lengths: np.ndarray | None = None,
+        checksum: str | None = None,
     ) -> None:
         if not isinstance(dataset, Sized):
             raise DataError(
@@ -151,7 +155,7 @@ class BatchLoader:
                 f"more data."
             )
         self._usable = self.num_samples // unit * unit
-        self._unit, self._lengths = unit, lengths
+        self._unit, self._lengths, self._checksum = unit, lengths, checksum
         self._epoch = 0
         self._consumed = 0
         self._generation = 0
@@ -171,14 +175,15 @@ class BatchLoader:
         return len(self._eval_chunks(padded=False))
 
     @property
-    def position(self) -> dict[str, int]:
-        """Where training stands: plain numbers for a checkpoint, the same on every rank."""
+    def position(self) -> dict[str, Any]:
+        """Where training stands: plain values for a checkpoint, the same on every rank."""
         return {
             "epoch": self._epoch,
             "consumed": self._consumed,
             "num_samples": self.num_samples,
             "seed": self.seed,
             "grouped_by": 0 if self._lengths is None else self._unit,
+            **({} if self._checksum is None else {"checksum": self._checksum}),
         }
 
     def restore(self, position: Mapping[str, Any]) -> None:
@@ -208,6 +213,15 @@ class BatchLoader:
                     f"The checkpoint's {what} {key} {position[key]}, this run's {mine}: the order "
                     f"of samples cannot be continued. Use the same data section and train.seed."
                 )
+        data = (position.get("checksum"), self._checksum)
+        if None not in data and data[0] != data[1]:  # of an older checkpoint nobody knows
+            raise DataError(
+                f"The training samples are not those of the checkpoint: as many, {self.num_samples}"
+                f", but their checksum is {data[1]} and was {data[0]}. A file was changed or "
+                "sorted, or is tokenised in another way (tokenizer, data.max_length), so some "
+                "samples would be repeated and others left out. Put the data back as they were; "
+                "or export the checkpoint and begin a run on the new data from the export."
+            )
         was, now = position.get("grouped_by", 0), self.position["grouped_by"]
         if was != now:
             said = [f"grouped by length into batches of {n}" if n else "random" for n in (was, now)]
@@ -281,14 +295,12 @@ class BatchLoader:
             if self.ahead:
                 return ahead_of(self._make, indices, self.ahead)
             return (self._make(chunk) for chunk in indices)
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=_Once(indices),  # pyright: ignore[reportArgumentType]
-                num_workers=self.num_workers,
-                collate_fn=self.collate,
-                pin_memory=self.pin_memory,
-            )
+        return in_processes(
+            self.dataset,
+            batch_sampler=_Once(indices),
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            pin_memory=self.pin_memory,
         )
 
     def _make(self, chunk: list[int]) -> Batch:

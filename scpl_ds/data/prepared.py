@@ -12,6 +12,7 @@ import torch
 
 from scpl_ds.data._base import DataOptions, Texts, TextStream, check_labels, drawn
 from scpl_ds.data._columns import ColumnOptions
+from scpl_ds.data._identity import checksum_of
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.language import (
     LanguageCollator,
@@ -66,6 +67,8 @@ class Facts:
     """With ``scpl.partition: time``, what rank 0 measured."""
     kept_bounds: tuple[int, ...] | None = None
     """Or the cut that a resumed or scored run has already."""
+    train_checksum: str | None = None
+    """Of the tokenised training samples; None of a stream, or where nothing is trained."""
 
 
 @dataclasses.dataclass
@@ -122,6 +125,10 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
     found.input_names = reading.input_names
     if trained is None and not isinstance(found.train, Stream) and len(found.train) == 0:
         raise DataError(f"data: '{recipe.data.name}' has no training split.")
+    if isinstance(data := found.train, TokenizedDataset | LanguageDataset):
+        labels = data.labels if isinstance(data, TokenizedDataset) else None
+        checksum = checksum_of(data.columns, data.offsets, labels)
+        found.facts = dataclasses.replace(found.facts, train_checksum=checksum)
     return found
 
 
@@ -307,6 +314,7 @@ def make_loaders(
         ahead=AHEAD if cuda else 0,
         pin_memory=cuda,
         lengths=lengths_of(data.train) if recipe.train.group_by_length else None,
+        checksum=data.facts.train_checksum,
         **_loading(recipe, data, mesh),
     )
     return train, held_out

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.utils.data
-from torch.utils.data import DataLoader
 
+from scpl_ds.data._workers import in_processes
 from scpl_ds.data.loader import Batch, ahead_of
 from scpl_ds.data.stream import Position, Stream
 from scpl_ds.errors import DataError
@@ -191,9 +191,7 @@ class StreamLoader:
         made = _Batches(stream, self._turns, self._state, self.dp_rank, self.collate)
         if self.num_workers:
             # One: several would have to share the lanes out once more.
-            return iter(
-                DataLoader(made, batch_size=None, num_workers=1, pin_memory=self.pin_memory)
-            )
+            return in_processes(made, batch_size=None, num_workers=1, pin_memory=self.pin_memory)
         batches = iter(made)
         if not self.ahead:
             return batches

@@ -61,13 +61,33 @@ def test_a_resumed_run_remembers_which_was_the_best(base: Recipe, tmp_path: Path
         assert after["best_model_checkpoint"] == before["best_model_checkpoint"]
 
 
-def test_a_metric_that_no_evaluation_gives_is_refused_with_those_that_are(
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("eval_f1", "'f1' is not among the numbers of an evaluation of 'sequence-classification'"),
+        ("perplexity", "loss, accuracy, accuracy_after_layer_N of a local head"),
+        ("accuracy_after_layer_9", "no stage ends with layer 9, so there is no local head behind"),
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(
+    base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+):
+    """It was refused at the first evaluation."""
+    recipe = recipe_for(base, "none", tmp_path / "run", **BEST)
+    assert train(recipe, f"train.metric_for_best_model={name}") == 2
+    said = capsys.readouterr().err
+    assert "train.metric_for_best_model: " in said and words in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_best_model_without_evaluation_data_is_refused_before_the_first_step(
     base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    recipe = recipe_for(base, "none", tmp_path / "run", **BEST)
-    assert train(recipe, "train.metric_for_best_model=eval_f1") == 2
-    said = capsys.readouterr().err
-    assert "metric_for_best_model: 'f1' is not among" in said and "accuracy" in said
+    """The run warned, and exported its last checkpoint."""
+    recipe = recipe_for(base, "none", tmp_path / "run", **BEST, **{"data.eval_file": DROP})
+    assert train(recipe) == 2
+    assert "train.load_best_model_at_end needs evaluations" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

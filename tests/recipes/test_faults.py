@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -11,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scpl_ds.engine import Engine
-from scpl_ds.errors import RecipeError
+from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, SaveError
 from scpl_ds.lock import NAME
 from scpl_ds.recipe import recipe_from_mapping
 from scpl_ds.trainer import fit
@@ -103,6 +106,26 @@ def test_a_run_told_to_stop_saves_and_goes_on_to_the_same_bits(
     assert_same(tensors_of(run / f"checkpoint-{last}"), tensors_of(whole(shape[1])))
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_all_processes_of_a_job_saves_though_workers_get_it_too(
+    name: str, base: Recipe, tmp_path: Path
+):
+    """They left, and the run ended with 'DataLoader worker exited unexpectedly'."""
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run, **LONG, **{"train.dataloader_num_workers": 2})
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        os._exit(train(recipe))
+    os.waitpid(pid, os.WUNTRACED)
+    os.killpg(pid, getattr(signal, name))
+    os.kill(pid, signal.SIGCONT)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (run / "latest").read_text().split()[0] in ("checkpoint-2", "checkpoint-3")
+
+
 def test_a_signal_in_the_last_step_lets_the_run_end(base: Recipe, tmp_path: Path):
     run = tmp_path / "run"
     run_ranks(2, with_signal(recipe_for(base, "none", run), {1}, "SIGTERM", 8))
@@ -172,6 +195,73 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
     assert "of stage 0 is nan at step 3" in said or "of stage 0 is inf at step 3" in said
     assert {(tmp_path / f"said-{rank}").read_text() for rank in range(ranks)} == {said}
     assert not list(run.glob("checkpoint-*"))
+
+
+def test_a_run_whose_folder_another_took_over_saves_nothing_there(base: Recipe, tmp_path: Path):
+    """As one that was suspended for longer than its lock is waited for."""
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run)
+
+    def taken_over() -> None:
+        owner = json.loads((run / NAME).read_text())
+        (run / NAME).write_text(json.dumps({**owner, "host": "elsewhere", "token": "another"}))
+
+    def body() -> None:
+        if os.environ["RANK"] == "1":
+            expected: Any = pytest.raises(OtherRankFailed, match="rank 0 found")
+        else:
+            at_step(2, taken_over)
+            expected = pytest.raises(SaveError, match=r"by now: process .* on elsewhere")
+        with expected:
+            fit(recipe_from_mapping(recipe))
+
+    run_ranks(2, body)
+    assert not list(run.glob("checkpoint-*")) and (run / NAME).exists()
+
+
+def test_a_data_file_that_was_sorted_between_two_starts_is_refused(base: Recipe, tmp_path: Path):
+    """Samples were repeated and left out without a word."""
+    run, copied = tmp_path / "run", tmp_path / "train.csv"
+    rows = Path(base["data"]["train_file"]).read_text().splitlines()
+    copied.write_text("\n".join(rows) + "\n")
+    changes = {"data.train_file": str(copied), "train.export": False}
+    recipe = recipe_for(base, "none", run, **changes)
+
+    def start(max_steps: int, wanted: str | None) -> None:
+        given = {"train.max_steps": max_steps, "train.resume_from_checkpoint": "auto"}
+        with pytest.raises(DataError, match=wanted) if wanted else contextlib.nullcontext():
+            fit(recipe_from_mapping(put(recipe, given)))
+
+    run_ranks(2, lambda: start(3, None))
+    copied.write_text("\n".join([rows[0], *sorted(rows[1:])]) + "\n")
+    run_ranks(1, lambda: start(6, "samples are not those of the checkpoint: as many, 64, but"))
+    copied.write_text("\n".join(rows) + "\n")
+    run_ranks(1, lambda: start(6, None))
+    assert (run / "checkpoint-6").is_dir()
+
+
+def test_a_loss_that_explodes_and_stays_a_number_costs_no_checkpoint_from_before(
+    base: Recipe, tmp_path: Path
+):
+    """With save_total_limit: 1 a loss of 1e6 was saved over the last good checkpoint."""
+    run = tmp_path / "run"
+    changes = {"train.save_total_limit": 1, "deepspeed.gradient_clipping": 1.0}
+    recipe = recipe_for(base, "none", run, **changes)
+
+    def explode() -> None:
+        for module in gc.get_objects():
+            if isinstance(module, torch.nn.Linear) and module.out_features == 2:
+                module.weight.data.mul_(1e7)
+
+    def body() -> None:
+        at_step(5, explode)
+        fit(recipe_from_mapping(recipe))
+
+    run_ranks(1, body)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-8",
+    ]
 
 
 def test_a_folder_in_which_another_run_trains_is_refused(base: Recipe, tmp_path: Path):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import scpl_ds
+from scpl_ds.checkpoint_files import MANIFEST, seal, write_text
 from scpl_ds.cli import main
 from scpl_ds.recipe import recipe_from_mapping
 from tests.support.tiny import DROP, Bomb, assert_same, put, recipe_for, tensors_of, train
@@ -144,11 +145,23 @@ def test_export_of_a_run_equals_the_runs_own_export(run: Path, tmp_path: Path):
     assert main(["export", str(run), str(tmp_path / "out")]) == 0, "an earlier export is replaced"
 
 
-def test_a_checkpoint_without_a_recipe_beside_it_is_exported_when_the_task_is_said(
+def test_a_checkpoint_copied_alone_is_exported(run: Path, tmp_path: Path):
+    """It was refused for want of a recipe.yaml beside it; its manifest says the task."""
+    alone = shutil.copytree(run / f"checkpoint-{STEPS}", tmp_path / "elsewhere")
+    assert main(["export", str(alone), str(tmp_path / "out")]) == 0
+    own = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == own
+
+
+def test_a_checkpoint_that_knows_no_recipe_is_exported_when_the_task_is_said(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """What engine.save_checkpoint(model_files=) leaves; without --task the message names it."""
     alone = shutil.copytree(run / f"checkpoint-{STEPS}", tmp_path / "api" / f"checkpoint-{STEPS}")
+    manifest = json.loads((alone / MANIFEST).read_text())
+    scpl = manifest["client_state"]["recipe"].pop("scpl")
+    manifest["client_state"] = {"recipe": {"scpl": scpl}}  # which says what the local heads are
+    write_text(alone / MANIFEST, seal(manifest))
     out = tmp_path / "out"
     assert main(["export", str(alone), str(out)]) == 2
     assert "--task" in capsys.readouterr().err

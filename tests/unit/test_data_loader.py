@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing
+import os
+import signal
 import threading
 import traceback
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from scpl_ds.data._identity import checksum_of
+from scpl_ds.data._workers import in_processes
 from scpl_ds.data.loader import BatchLoader, epoch_order
 from scpl_ds.errors import DataError
 
@@ -315,3 +321,59 @@ def test_an_error_of_the_thread_comes_where_its_batch_would_have_with_its_traceb
 def test_batches_for_a_gpu_are_pinned_by_the_thread():
     batch = next(iter(loader(8, ahead=2, pin_memory=True)))
     assert batch["ids"].is_pinned()
+
+
+@pytest.mark.forks
+def test_a_worker_ends_when_its_own_process_says_so_and_when_nobody_else_does():
+    """A rank that exits ends its workers by SIGTERM and waits for them."""
+    numbers: Any = range(10_000)
+    batches = in_processes(numbers, num_workers=1, batch_size=None)
+    assert next(batches) == 0
+    (worker,) = multiprocessing.active_children()
+    other = os.fork()
+    if other == 0:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid or 0, number)
+        os._exit(0)
+    os.waitpid(other, 0)
+    assert [next(batches) for _ in range(20)] == list(range(1, 21))
+    os.kill(worker.pid or 0, signal.SIGUSR1)
+    assert next(batches) == 21
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
+
+
+# -- the samples themselves ----------------------------------------------------------------
+
+
+def samples(count: int, *, tokens: int = 3) -> dict[str, Any]:
+    flat = np.random.default_rng(0).integers(0, 30_000, count * tokens, dtype=np.int32)
+    offsets = np.arange(count + 1, dtype=np.int64) * tokens
+    return {"columns": {"input_ids": flat}, "offsets": offsets, "labels": np.arange(count) % 2}
+
+
+@pytest.mark.parametrize("tokens", [3, 40_000], ids=["small", "more than is looked at"])
+def test_samples_in_another_order_have_another_checksum(tokens: int):
+    wanted = checksum_of(**samples(400, tokens=tokens))
+    assert checksum_of(**samples(400, tokens=tokens)) == wanted
+    turned = samples(400, tokens=tokens)
+    ids = turned["columns"]["input_ids"]
+    turned["columns"] = {"input_ids": ids.reshape(-1, tokens)[::-1].reshape(-1)}
+    assert checksum_of(**turned) != wanted
+    last = samples(400, tokens=tokens)
+    last["columns"]["input_ids"][-1] += 1
+    assert checksum_of(**last) != wanted
+    assert checksum_of(**{**samples(400, tokens=tokens), "labels": np.zeros(400)}) != wanted
+
+
+def test_a_position_of_other_samples_is_refused_and_an_older_one_without_a_checksum_is_not():
+    """As many samples in another order were taken for the same."""
+    first, other = loader(20, checksum="a" * 16), loader(20, checksum="b" * 16)
+    take(first, 3)
+    with pytest.raises(DataError, match=r"not those of the checkpoint: as many, 20, but"):
+        other.restore(first.position)
+    loader(20, checksum="a" * 16).restore(first.position)
+    older = {k: v for k, v in first.position.items() if k != "checksum"}
+    other.restore(older)
+    loader(20).restore(first.position)

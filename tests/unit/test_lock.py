@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scpl_ds.errors import RecipeError
+from scpl_ds.errors import RecipeError, SaveError
 from scpl_ds.lock import NAME, RunLock
 
 pytestmark = pytest.mark.forks
@@ -27,6 +27,10 @@ def left_by(folder: Path, **changes: object) -> Path:
     path = folder / NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return path
+
+
+def token_of(lock: RunLock) -> str:
+    return str(lock._owner["token"])
 
 
 def test_a_folder_in_use_is_refused_and_the_process_named(tmp_path: Path):
@@ -71,8 +75,15 @@ def test_a_lock_cut_off_while_it_was_written_is_nobodys(tmp_path: Path):
     lock.release()
 
 
-def test_the_lock_of_another_machine_holds_as_long_as_it_is_touched(tmp_path: Path):
-    path = left_by(tmp_path, host="elsewhere")
+ELSEWHERE = [{"host": "elsewhere"}, {"pids": "pid:[1]"}, {"boot": "another"}]
+
+
+@pytest.mark.parametrize("place", ELSEWHERE, ids=["machine", "container", "machine of that name"])
+def test_the_lock_of_another_place_holds_as_long_as_it_is_touched(
+    tmp_path: Path, place: dict[str, str]
+):
+    """In another container of this host there was no such process: its lock was taken at once."""
+    path = left_by(tmp_path, **place)
     gone = threading.Event()
 
     def touch() -> None:
@@ -83,13 +94,38 @@ def test_the_lock_of_another_machine_holds_as_long_as_it_is_touched(tmp_path: Pa
     owner.start()
     lock = RunLock(tmp_path, beat_s=BEAT_S)
     try:
-        with pytest.raises(RecipeError, match="on elsewhere"):
+        with pytest.raises(RecipeError, match="in use by another run: process "):
             lock.take()
     finally:
         gone.set()
         owner.join()
     lock.take()
     lock.release()
+
+
+def test_an_owner_that_another_run_took_over_from_saves_no_more(tmp_path: Path):
+    """It was suspended for longer than the other waited, and went on saving."""
+    mine, other = RunLock(tmp_path), RunLock(tmp_path)
+    mine.require()  # a rank that takes none
+    mine.take()
+    mine.require()
+    path = tmp_path / NAME
+    path.write_text(path.read_text().replace(token_of(mine), token_of(other)))
+    with pytest.raises(SaveError, match=r"of another run by now: process .* took over"):
+        mine.require()
+    mine.release()
+    assert path.exists()
+
+
+def test_an_owner_whose_lock_was_removed_by_hand_writes_it_again(tmp_path: Path):
+    lock = RunLock(tmp_path)
+    lock.take()
+    (tmp_path / NAME).unlink()
+    lock.require()
+    with pytest.raises(RecipeError, match="in use by another run"):
+        RunLock(tmp_path).check()
+    lock.release()
+    assert not (tmp_path / NAME).exists()
 
 
 def test_an_owner_touches_its_lock(tmp_path: Path):
