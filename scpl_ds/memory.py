@@ -381,6 +381,9 @@ def _watch(
         itemsize=max(p.element_size() for p in parameters),
         buffers=sum(b.nbytes for b in buffers),
         moments=tuple(tracker.moments),
+        frozen_bytes=None
+        if getattr(body, "base_dtype", None) is None
+        else sum(p.nbytes for p in parameters if not p.requires_grad),
     )
     return size, sent, more
 

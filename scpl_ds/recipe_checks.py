@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from scpl_ds.ds_limits import base_limits
 from scpl_ds.problems import Problem
 from scpl_ds.recipe_sections import DataChoice, ModelSection, TrainSection
 
@@ -23,6 +24,9 @@ def across(sections: Mapping[str, Any]) -> list[Problem]:
         problems.append(Problem("train.sample_prompts", message))
     if data is not None and getattr(data.options, "streaming", False):
         problems += _streaming(train, model)
+    scpl, section = sections.get("scpl"), sections.get("deepspeed")
+    if scpl is not None and section is not None and model is not None and model.lora is not None:
+        problems += base_limits(model.lora.base_dtype, section, scpl.sharding)
     return problems
 
 

@@ -52,6 +52,17 @@ def _target_modules(value: Any) -> Any:
     return value
 
 
+def _base_dtype(value: Any) -> Any:
+    if value == "float32":
+        raise ValueError("float32 is how they are held without the key; remove it")
+    if value in ("float16", "fp16", "half"):
+        raise ValueError(
+            "float16 would round small and overflow large weights of bf16 checkpoints; "
+            "use bfloat16, which takes as little"
+        )
+    return value
+
+
 _NAMES_OF_PEFT = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
@@ -81,6 +92,10 @@ class LoraSection(Section):
     """Biases that are trained too: of no module, of all, of those with an adapter."""
     use_rslora: bool = False
     """Multiply by ``alpha / sqrt(r)`` instead."""
+    base_dtype: Annotated[Literal["bfloat16"] | None, BeforeValidator(_base_dtype)] = None
+    """In which type the frozen weights are held; what is trained stays fp32. ``bfloat16``, for half
+    the memory, needs ``deepspeed.bf16`` or ``torch_autocast``, which compute in it. Without it, as
+    the backend holds all weights: in fp32, or with ``deepspeed`` in what it computes in."""
 
     @model_validator(mode="before")
     @classmethod
