@@ -160,13 +160,19 @@ def base_limits(
     computed = section.autocast or section.precision
     if base_dtype is None:
         return []
+    if base_dtype == "nf4" and sharding not in ("none", "ddp"):
+        message = (
+            f"nf4 weights are packed and cannot be shared out or moved by scpl.sharding: {sharding}"
+            "; use none or ddp, or bfloat16"
+        )
+        return [Problem("model.lora.base_dtype", message)]
     if sharding == "deepspeed":  # its own type is that of all weights
         computed = section.precision
     if computed != "bf16":
         with_what = f"with scpl.sharding: {sharding} this run computes in {computed}"
         if sharding == "deepspeed" and section.autocast:
             with_what = "DeepSpeed's torch_autocast keeps all weights in fp32"
-        message = f"bfloat16 weights are computed with in bf16, but {with_what}; set"
+        message = f"{base_dtype} weights are computed with in bf16, but {with_what}; set"
         return [Problem("model.lora.base_dtype", f"{message} deepspeed.bf16.enabled: true")]
     return []
 

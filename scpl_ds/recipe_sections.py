@@ -92,10 +92,21 @@ class LoraSection(Section):
     """Biases that are trained too: of no module, of all, of those with an adapter."""
     use_rslora: bool = False
     """Multiply by ``alpha / sqrt(r)`` instead."""
-    base_dtype: Annotated[Literal["bfloat16"] | None, BeforeValidator(_base_dtype)] = None
-    """In which type the frozen weights are held; what is trained stays fp32. ``bfloat16``, for half
-    the memory, needs ``deepspeed.bf16`` or ``torch_autocast``, which compute in it. Without it, as
-    the backend holds all weights: in fp32, or with ``deepspeed`` in what it computes in."""
+    base_dtype: Annotated[Literal["bfloat16", "nf4"] | None, BeforeValidator(_base_dtype)] = None
+    """In which type the frozen weights are held; what is trained stays fp32. ``bfloat16`` takes half
+    the memory, ``nf4`` about a sixth for the linear modules of the layers (bitsandbytes; with
+    ``scpl.sharding: none`` or ``ddp``) and half for the rest; both need ``deepspeed.bf16`` or
+    ``torch_autocast`` in bf16. Without it, as the backend holds all weights."""
+
+    @model_validator(mode="after")
+    def _biases_stay_fp32(self) -> Self:
+        if self.base_dtype == "nf4" and self.bias != "none":
+            message = (
+                f"is {self.bias}, but bitsandbytes makes biases beside nf4 weights bf16, in which "
+                "training loses small steps; remove the key, or use base_dtype: bfloat16"
+            )
+            raise nested([Problem("bias", message)])
+        return self
 
     @model_validator(mode="before")
     @classmethod

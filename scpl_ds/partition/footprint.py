@@ -22,7 +22,7 @@ from scpl_ds.partition._hf import (
 )
 from scpl_ds.partition._trace import Anatomy
 from scpl_ds.partition.lora import Adapters, adapt
-from scpl_ds.partition.lora_base import DTYPES
+from scpl_ds.partition.lora_base import DTYPES, say_held
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import StageModule, _share
 
@@ -83,8 +83,8 @@ def _adapt(
     """Put adapters into a model of fake tensors, which then are fake too."""
     with unset_fake_temporarily():  # peft moves what it makes, which a fake tensor refuses
         adapt(model, anatomy, dataclasses.replace(adapters, base_dtype=None))
-    if (held := DTYPES.get(adapters.base_dtype or "")) is not None:
-        model.base_dtype = held  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    if adapters.base_dtype is not None:
+        say_held(model, adapters.base_dtype)
     for module in model.modules():
         for name, made in list(module.named_parameters(recurse=False)):
             if not isinstance(made, FakeTensor) or (made.requires_grad and made.dtype != dtype):

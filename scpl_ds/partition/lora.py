@@ -26,7 +26,7 @@ from scpl_ds import registry
 from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.partition._hf import auto_class, base_prefix, one_line, quiet_transformers, skeleton
 from scpl_ds.partition._trace import Anatomy
-from scpl_ds.partition.lora_base import DTYPES, hold
+from scpl_ds.partition.lora_base import hold, pack
 from scpl_ds.recipe_sections import LoraSection
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,6 +108,9 @@ def adapt(
     own = sorted(name for name, _ in model.named_modules() if name in adapters.targets)
     mine.target_modules = set(own)
     model.requires_grad_(False)
+    if adapters.base_dtype == "nf4":
+        layers = model.get_submodule(anatomy.layers).children()
+        pack(model, [layer for layer in layers if next(layer.parameters(), None) is not None])
     if own:
         peft.inject_adapter_in_model(mine, model, _NAME)
         model.train(model.training)  # peft's dropout too
@@ -117,7 +120,7 @@ def adapt(
         if biased or any(name.startswith(f"{unit}.") for unit in head):
             parameter.requires_grad_(True)
     if adapters.base_dtype is not None:
-        hold(model, DTYPES[adapters.base_dtype])
+        hold(model, adapters.base_dtype)
     with torch.random.fork_rng(devices=[]):
         for name in own:
             layer: Any = model.get_submodule(name)

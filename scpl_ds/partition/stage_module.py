@@ -232,7 +232,7 @@ class StageModule(nn.Module):
         self.kept = kept_names(model)
         """Names of what a checkpoint holds; None: of everything."""
         self.base_dtype = base_dtype_of(model)
-        """In which type frozen weights beside adapters are held; None: as the backend holds all."""
+        """How frozen weights beside adapters are held; None: as the backend holds all."""
         self.untied = tuple(
             f"{target} from {source}"
             for target, source in anatomy.crossing_ties(start, end).items()

@@ -54,8 +54,9 @@ OWNERS: dict[str, frozenset[str]] = {
     "deepspeed": frozenset({"sharding/deepspeed.py", "sharding/_deepspeed_world.py", "baselines"}),
     "wandb": frozenset({"trackers/wandb.py"}),
     "peft": frozenset({"partition/lora.py"}),
+    "bitsandbytes": frozenset({"partition/lora_base.py"}),
 }
-ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft"})
+ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft", "bitsandbytes"})
 MAY_PRINT = frozenset({"cli"})
 
 
