@@ -153,9 +153,7 @@ def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
     return problems
 
 
-def base_limits(
-    base_dtype: str | None, section: DeepSpeedSection, sharding: str
-) -> list[Problem]:
+def base_limits(base_dtype: str | None, section: DeepSpeedSection, sharding: str) -> list[Problem]:
     """Why frozen weights cannot be held as ``model.lora.base_dtype`` asks."""
     computed = section.autocast or section.precision
     if base_dtype is None:

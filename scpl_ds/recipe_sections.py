@@ -93,9 +93,9 @@ class LoraSection(Section):
     use_rslora: bool = False
     """Multiply by ``alpha / sqrt(r)`` instead."""
     base_dtype: Annotated[Literal["bfloat16", "nf4"] | None, BeforeValidator(_base_dtype)] = None
-    """In which type the frozen weights are held; what is trained stays fp32. ``bfloat16`` takes half
-    the memory, ``nf4`` about a sixth for the linear modules of the layers (bitsandbytes; with
-    ``scpl.sharding: none`` or ``ddp``) and half for the rest; both need ``deepspeed.bf16`` or
+    """In which type the frozen weights are held; what is trained stays fp32. ``bfloat16`` takes
+    half the memory, ``nf4`` about an eighth for the linear modules of the layers (bitsandbytes;
+    with ``scpl.sharding: none`` or ``ddp``) and half for the rest; both need ``deepspeed.bf16`` or
     ``torch_autocast`` in bf16. Without it, as the backend holds all weights."""
 
     @model_validator(mode="after")

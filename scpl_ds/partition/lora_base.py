@@ -25,7 +25,8 @@ def hold(model: PreTrainedModel, base_dtype: str) -> None:
     """Make what is frozen ``base_dtype`` and what is trained fp32, in place, tensor by tensor.
 
     A norm with a bias that is trained stays whole in fp32, and so does what the architecture never
-    has in half precision. Nothing is left in the file that was in another type there.
+    has in half precision. What is trained is copied out of the file, and what was in another type
+    there is made anew, so that no page of it stays in memory for their sake.
     """
     whole = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for path, module in model.named_modules():
@@ -33,8 +34,10 @@ def hold(model: PreTrainedModel, base_dtype: str) -> None:
         trained = any(p.requires_grad for p in own) and not isinstance(module, nn.Linear | Conv1D)
         precise = trained or not whole.isdisjoint(path.split("."))
         for parameter in own:
-            fp32 = precise or parameter.requires_grad
-            parameter.data = parameter.data.to(torch.float32 if fp32 else DTYPES[base_dtype])
+            if precise or parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32, copy=True)
+            else:
+                parameter.data = parameter.data.to(DTYPES[base_dtype])
     say_held(model, base_dtype)
 
 
@@ -52,7 +55,7 @@ def say_held(model: nn.Module, base_dtype: str) -> None:
     model.base_dtype = base_dtype  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
-def base_dtype_of(model: nn.Module) -> str | None:
+def base_dtype_of(model: Any) -> str | None:
     """``model.lora.base_dtype`` of a model or stage; None: weights are as the backend holds all."""
     return getattr(model, "base_dtype", None)
 
@@ -99,8 +102,10 @@ def held_bytes(stage: Any, ahead: Any = None) -> int | None:
     total = sum(p.nbytes for p in stage.parameters() if not p.requires_grad)
     total += 0 if ahead is None else held_bytes(ahead) or 0
     for weight in _to_pack(stage):
-        # Half a byte a number, one byte a block of 64, 4 bytes for 256 of these, two tables of 1 KiB.
-        total += weight.numel() // 2 + weight.numel() // 64 * 65 // 64 + 2048 - weight.nbytes
+        # Half a byte a number, one for 64 of them, 4 bytes for 256 of these, tables of 272 floats.
+        blocks = -(-weight.numel() // 64)
+        packed = -(-weight.numel() // 2) + blocks + 4 * -(-blocks // 256) + 4 * 272
+        total += packed - weight.nbytes
     return total
 
 

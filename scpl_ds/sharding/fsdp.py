@@ -81,8 +81,8 @@ class FsdpBackend(TorchBackend):
         return module
 
     def _make_private(self, part: nn.Module, *, frozen_as_is: bool) -> None:
-        """Take a layer out of its file, as fp32 unless it is frozen and held otherwise, and make it that of the stage's first rank; its
-        shards are cut next, so that one layer at a time is whole."""
+        """Take a layer out of its file, as fp32 (what is frozen perhaps as it is), and make it that
+        of the stage's first rank; its shards are cut next, so that one layer at a time is whole."""
         own = [p for p in part.parameters() if not isinstance(p, DTensor)]
         for parameter in own:
             held = frozen_as_is and not parameter.requires_grad

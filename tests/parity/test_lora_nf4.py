@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from scpl_ds.engine import Engine
 from scpl_ds.errors import PartitionError, RecipeError
-from scpl_ds.memory import Workload, predict
+from scpl_ds.memory import Prediction, Workload
 from scpl_ds.partition.loading import load_stage
 from scpl_ds.recipe import Recipe, recipe_from_mapping
 from scpl_ds.setup import cut_model, make_engine, start_world
@@ -95,7 +95,9 @@ def test_two_ranks_train_what_one_process_trains_to_the_bit_and_save_adapters(
     """With evaluations on the way, after which bitsandbytes would compute otherwise."""
     two = trained(tmp_path / "two", 2)
     one = trained(tmp_path / "one", 1, **{"scpl.pipeline_ranks": 1})
-    never = trained(tmp_path / "never", 1, **{"scpl.pipeline_ranks": 1, "train.eval_strategy": "no"})
+    never = trained(
+        tmp_path / "never", 1, **{"scpl.pipeline_ranks": 1, "train.eval_strategy": "no"}
+    )
     tiny.assert_same(saved(one), saved(two))
     tiny.assert_same(saved(never), saved(two))
     assert {tensor.dtype for tensor in saved(two).values()} == {torch.float32}
@@ -103,7 +105,6 @@ def test_two_ranks_train_what_one_process_trains_to_the_bit_and_save_adapters(
     assert all(".lora_" in name or name.startswith("scpl_heads.") for name in names)
 
 
-@torch.no_grad()
 def test_peft_on_a_base_that_transformers_packed_gives_the_logits_of_the_stages(
     bnb: Any, tmp_path: Path
 ) -> None:
@@ -122,14 +123,15 @@ def test_peft_on_a_base_that_transformers_packed_gives_the_logits_of_the_stages(
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     adapted = peft.PeftModel.from_pretrained(base, str(run.export_dir)).eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        staged, whole = of_stages(run).float(), adapted(**IDS).logits.float()
-    # transformers packs what it has made bf16 before; the stages what is in the file.
-    assert (whole - staged).abs().max() < whole.std() / 10
     plain = AutoModelForCausalLM.from_pretrained(run.model.name_or_path, config=config)
     plain = peft.PeftModel.from_pretrained(plain, str(run.export_dir)).eval()
-    error = (plain(**IDS).logits - staged).norm() / staged.norm()
-    assert error < 0.3  # of four bits
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            staged, whole = of_stages(run).float(), adapted(**IDS).logits.float()
+        exact = plain(**IDS).logits
+    # transformers packs what it has made bf16 before; the stages what is in the file.
+    assert (whole - staged).norm() < staged.norm() / 20
+    assert (exact - staged).norm() < staged.norm() / 3  # of four bits
 
 
 @pytest.mark.parametrize(
@@ -152,15 +154,18 @@ def test_other_features_train_beside_packed_weights(
 
 def test_the_predicted_parameters_are_those_that_are_held(bnb: Any, tmp_path: Path) -> None:
     recipe = asked(tmp_path, **{"scpl.pipeline_ranks": 1})
-    workload = Workload.of(recipe, cut_model(recipe), "cpu")
-    (rank,) = predict(workload, pipeline_ranks=1, dp_size=1)
+    sizes, _ = Prediction(Workload.of(recipe, cut_model(recipe), "cpu")).sizes()
 
     def body() -> None:
-        held = 0
-        for stage in made(recipe).stages:
-            for name, tensor in stage.module.state_dict().items():
-                held += tensor.nbytes * (not name.startswith("objective."))
-        assert rank.parameters == pytest.approx(held, rel=0.1)
+        for stage, size in zip(made(recipe).stages, sizes, strict=True):
+            held = sum(
+                tensor.nbytes
+                for name, tensor in stage.module.state_dict().items()
+                if ".lora_" not in name
+                and not name.startswith("objective.")
+                and not name.endswith("bitsandbytes__nf4")  # made for the state dict
+            )
+            assert size.frozen_bytes == held
 
     run_ranks(1, body)
 
