@@ -42,12 +42,16 @@ def hold(model: PreTrainedModel, base_dtype: str) -> None:
 
 
 def take_as_given(model: PreTrainedModel, computed_in: str) -> None:
-    """Hold the bf16 base of a ``PeftModel`` as its user loaded it, where bf16 is computed in."""
+    """Leave the base of a ``PeftModel`` that was loaded in bf16 as it is, where bf16 is computed
+    in, and make what is trained fp32."""
     if getattr(model, "peft_config", None) is None or computed_in != "bf16":
         return
-    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
-    if torch.bfloat16 in frozen:
-        hold(model, "bfloat16")
+    if all(p.requires_grad or p.dtype != torch.bfloat16 for p in model.parameters()):
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    say_held(model, "bfloat16")
 
 
 def say_held(model: nn.Module, base_dtype: str) -> None:
@@ -134,7 +138,7 @@ def _bitsandbytes() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import bitsandbytes
+            import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RecipeError(
             "model.lora.base_dtype: nf4 comes from bitsandbytes, which cannot be imported "

@@ -50,7 +50,11 @@ def asked(folder: Path, task: str = "sequence-classification", **changes: Any) -
 
 def trained(folder: Path, ranks: int, task: str, **changes: Any) -> Recipe:
     recipe = asked(folder, task, **changes)
-    run_ranks(ranks, lambda: fit(recipe) and None)
+
+    def body() -> None:
+        fit(recipe)
+
+    run_ranks(ranks, body)
     return recipe
 
 
@@ -76,7 +80,7 @@ def types(engine: Engine) -> dict[str, set[torch.dtype]]:
 def test_every_stage_holds_its_base_in_bf16_and_what_it_trains_in_fp32(
     backend: str, tmp_path: Path
 ) -> None:
-    recipe = asked(tmp_path, **BACKENDS[backend], **{"scpl.pipeline_ranks": 1})
+    recipe = asked(tmp_path, **{**BACKENDS[backend], "scpl.pipeline_ranks": 1})
 
     def body() -> None:
         mesh, device = start_world(recipe)
@@ -234,7 +238,7 @@ def test_every_rank_is_measured_to_hold_half_and_to_need_less() -> None:
 
 @pytest.mark.parametrize("backend", ["none", "ddp", "fsdp-3", "fsdp-autocast"])
 def test_the_predicted_parameters_are_those_that_are_held(backend: str, tmp_path: Path) -> None:
-    recipe = asked(tmp_path, **BACKENDS[backend], **{"scpl.pipeline_ranks": 1})
+    recipe = asked(tmp_path, **{**BACKENDS[backend], "scpl.pipeline_ranks": 1})
     workload = Workload.of(recipe, cut_model(recipe), "cpu")
     (rank,) = predict(workload, pipeline_ranks=1, dp_size=2)
 

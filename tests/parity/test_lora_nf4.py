@@ -42,7 +42,11 @@ def asked(folder: Path, **changes: Any) -> Recipe:
 
 def trained(folder: Path, ranks: int, **changes: Any) -> Recipe:
     recipe = asked(folder, **changes)
-    run_ranks(ranks, lambda: fit(recipe) and None)
+
+    def body() -> None:
+        fit(recipe)
+
+    run_ranks(ranks, body)
     return recipe
 
 
@@ -119,9 +123,10 @@ def test_peft_on_a_base_that_transformers_packed_gives_the_logits_of_the_stages(
     base = AutoModelForCausalLM.from_pretrained(
         run.model.name_or_path, config=config, quantization_config=wanted, dtype=torch.bfloat16
     )
-    for module in base.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    packed: Any
+    for packed in base.modules():
+        if isinstance(packed, bnb.nn.Linear4bit):
+            packed.support_avx512bf16_for_cpu = False
     adapted = peft.PeftModel.from_pretrained(base, str(run.export_dir)).eval()
     plain = AutoModelForCausalLM.from_pretrained(run.model.name_or_path, config=config)
     plain = peft.PeftModel.from_pretrained(plain, str(run.export_dir)).eval()
