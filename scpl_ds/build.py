@@ -32,6 +32,7 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.p2p import BoundaryChannel
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.ds_config import DeepSpeedSection
+from scpl_ds.ds_limits import TORCH_BACKENDS
 from scpl_ds.engine import Engine
 from scpl_ds.errors import PartitionError, RecipeError
 from scpl_ds.optim import build_optimizer
@@ -44,6 +45,7 @@ from scpl_ds.partition.layer_list import (
     plan_layers,
 )
 from scpl_ds.partition.lora import without_wrapper
+from scpl_ds.partition.lora_base import take_as_given
 from scpl_ds.partition.matrices import Matrices, matrices_of
 from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.partition.prepare import recompute_activations
@@ -232,6 +234,8 @@ def initialize(
         if pipeline.layers.get_output_embeddings() is not None:
             scpl = scpl.for_task("causal-lm")
         backend = registry.resolve("sharding", scpl.sharding, where="scpl.sharding")
+        if scpl.sharding in TORCH_BACKENDS:
+            take_as_given(pipeline.layers, section.autocast or section.precision)
         for k in range(scpl.stages):
             refuse_half(pipeline.layers, backend.weights_dtype(stage_section(section, scpl, k)))
     env = RankEnv.current()

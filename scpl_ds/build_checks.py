@@ -63,10 +63,14 @@ def constant_or_scheduled(section: DeepSpeedSection) -> Callable[[int], float]:
 
 
 def refuse_half(module: Any, weights: torch.dtype | None) -> None:
-    """Refuse weights in half precision where the run keeps them in fp32."""
+    """Refuse weights in half precision where the run keeps them in fp32; frozen ones beside
+    adapters may be."""
     if weights is None:
         return
+    held = getattr(module, "base_dtype", None) is not None
     for name, parameter in module.named_parameters():
+        if held and not parameter.requires_grad:
+            continue
         if parameter.is_floating_point() and parameter.element_size() < weights.itemsize:
             raise RecipeError(
                 f"the model is in {parameter.dtype} ('{name}'), but this run keeps its weights in "

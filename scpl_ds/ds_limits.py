@@ -153,6 +153,28 @@ def unsupported(section: DeepSpeedSection, sharding: str) -> list[Problem]:
     return problems
 
 
+def base_limits(base_dtype: str | None, section: DeepSpeedSection, sharding: str) -> list[Problem]:
+    """Why frozen weights cannot be held as ``model.lora.base_dtype`` asks."""
+    computed = section.autocast or section.precision
+    if base_dtype is None:
+        return []
+    if base_dtype == "nf4" and sharding not in ("none", "ddp"):
+        message = (
+            f"nf4 weights are packed and cannot be shared out or moved by scpl.sharding: {sharding}"
+            "; use none or ddp, or bfloat16"
+        )
+        return [Problem("model.lora.base_dtype", message)]
+    if sharding == "deepspeed":  # its own type is that of all weights
+        computed = section.precision
+    if computed != "bf16":
+        with_what = f"with scpl.sharding: {sharding} this run computes in {computed}"
+        if sharding == "deepspeed" and section.autocast:
+            with_what = "DeepSpeed's torch_autocast keeps all weights in fp32"
+        message = f"{base_dtype} weights are computed with in bf16, but {with_what}; set"
+        return [Problem("model.lora.base_dtype", f"{message} deepspeed.bf16.enabled: true")]
+    return []
+
+
 def _sharding_limits(section: DeepSpeedSection, sharding: str, refuse: Refuse) -> None:
     """ZeRO stages and offloading that a backend cannot do."""
     zero, stage = section.filled.get("zero_optimization") or {}, section.zero_stage

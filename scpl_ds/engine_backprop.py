@@ -19,6 +19,7 @@ from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.engine_step import step_together, timed
 from scpl_ds.errors import DataError
 from scpl_ds.objectives._base import IGNORED_LABEL, StageView
+from scpl_ds.partition.lora_base import DTYPES, base_dtype_of
 from scpl_ds.sharding._torch import TorchBackend
 from scpl_ds.stage import Stage
 from scpl_ds.timeline import Kind, Timeline
@@ -165,6 +166,8 @@ class _Chain(nn.Module):
 
     def _through(self, stage: Stage, inputs: dict[str, Tensor], hidden: Tensor | None) -> Any:
         """Hidden states with gradient, and the task loss on the last stage."""
+        if hidden is not None and (held := base_dtype_of(stage.module.body)) is not None:
+            hidden = hidden.to(DTYPES[held])  # they came in fp32, whatever the stage left them in
         output = stage.module.body(inputs, hidden)
         leaving = output.hidden_states
         metrics: dict[str, Tensor] = {}

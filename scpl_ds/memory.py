@@ -27,6 +27,7 @@ from scpl_ds.partition.footprint import (
     weightless_stages,
 )
 from scpl_ds.partition.lora import Adapters
+from scpl_ds.partition.lora_base import held_bytes, unpacked_bytes
 from scpl_ds.partition.matrices import shapes_of
 from scpl_ds.partition.plan import PartitionPlan, stages_of_rank
 from scpl_ds.recipe import Recipe, ScplSection
@@ -370,7 +371,7 @@ def _watch(
     body: Any = stage.body
     blocks = [_numbers(block) for block in body.blocks]
     objective: Objective | None = stage.objective
-    total = _numbers(stage)
+    total, whole = _numbers(stage), unpacked_bytes(body)
     size = StageSize(
         parameters=total,
         trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -380,7 +381,8 @@ def _watch(
         outside=total - sum(blocks),
         itemsize=max(p.element_size() for p in parameters),
         buffers=sum(b.nbytes for b in buffers),
-        moments=tuple(tracker.moments),
+        moments=tuple(m._replace(activations=m.activations + whole) for m in tracker.moments),
+        frozen_bytes=held_bytes(body, stage.ahead),
     )
     return size, sent, more
 

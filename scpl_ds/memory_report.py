@@ -12,9 +12,11 @@ from typing import NamedTuple
 from scpl_ds.build_plan import plan_stages
 from scpl_ds.ds_checks import put
 from scpl_ds.ds_config import DeepSpeedSection, unsupported
+from scpl_ds.ds_limits import base_limits
 from scpl_ds.errors import ScplError
 from scpl_ds.memory import Prediction, RankMemory, Workload, predict
 from scpl_ds.memory_sizes import show_size
+from scpl_ds.problems import Problem
 from scpl_ds.recipe import ScplSection
 
 _TRIED: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -67,7 +69,7 @@ def fitting(workload: Workload, *, pipeline_ranks: int, dp_size: int) -> list[Ch
     """
     prediction, choices = Prediction(workload), []
     for scpl, section in _variants(workload):
-        if not unsupported(section, scpl.sharding):
+        if not _refused(workload, scpl, section):
             other = prediction.with_section(scpl, section)
             ranks = other.ranks(pipeline_ranks=pipeline_ranks, dp_size=dp_size)
             worst = max(ranks, key=lambda rank: rank.peak)
@@ -79,8 +81,13 @@ def fitting(workload: Workload, *, pipeline_ranks: int, dp_size: int) -> list[Ch
 def _excluded(workload: Workload) -> Iterator[str]:
     """What ``fitting`` leaves out, a line each, with the key that is why."""
     for scpl, section in _variants(workload):
-        for problem in unsupported(section, scpl.sharding)[:1]:
+        for problem in _refused(workload, scpl, section)[:1]:
             yield f"  {_backend(scpl, section)}: {problem.path}: {problem.message}"
+
+
+def _refused(workload: Workload, scpl: ScplSection, section: DeepSpeedSection) -> list[Problem]:
+    held = None if workload.adapters is None else workload.adapters.base_dtype
+    return [*unsupported(section, scpl.sharding), *base_limits(held, section, scpl.sharding)]
 
 
 def _variants(workload: Workload) -> Iterator[tuple[ScplSection, DeepSpeedSection]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from scpl_ds.ds_limits import base_limits
 from scpl_ds.problems import Problem
 from scpl_ds.recipe_scpl import ScplSection
 from scpl_ds.recipe_sections import DataChoice, ModelSection, TrainSection
@@ -42,6 +43,9 @@ def across(sections: Mapping[str, Any]) -> list[Problem]:
         problems += _best(train.best_metric, model.task)
     if data is not None and getattr(data.options, "streaming", False):
         problems += _streaming(train, model)
+    scpl, section = sections.get("scpl"), sections.get("deepspeed")
+    if scpl is not None and section is not None and model is not None and model.lora is not None:
+        problems += base_limits(model.lora.base_dtype, section, scpl.sharding)
     return problems
 
 

@@ -52,6 +52,17 @@ def _target_modules(value: Any) -> Any:
     return value
 
 
+def _base_dtype(value: Any) -> Any:
+    if value == "float32":
+        raise ValueError("float32 is how they are held without the key; remove it")
+    if value in ("float16", "fp16", "half"):
+        raise ValueError(
+            "float16 would round small and overflow large weights of bf16 checkpoints; "
+            "use bfloat16, which takes as little"
+        )
+    return value
+
+
 _NAMES_OF_PEFT = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
@@ -81,6 +92,21 @@ class LoraSection(Section):
     """Biases that are trained too: of no module, of all, of those with an adapter."""
     use_rslora: bool = False
     """Multiply by ``alpha / sqrt(r)`` instead."""
+    base_dtype: Annotated[Literal["bfloat16", "nf4"] | None, BeforeValidator(_base_dtype)] = None
+    """In which type the frozen weights are held; what is trained stays fp32. ``bfloat16`` takes
+    half the memory, ``nf4`` about an eighth for the linear modules of the layers (bitsandbytes;
+    with ``scpl.sharding: none`` or ``ddp``) and half for the rest; both need ``deepspeed.bf16`` or
+    ``torch_autocast`` in bf16. Without it, as the backend holds all weights."""
+
+    @model_validator(mode="after")
+    def _biases_stay_fp32(self) -> Self:
+        if self.base_dtype == "nf4" and self.bias != "none":
+            message = (
+                f"is {self.bias}, but bitsandbytes makes biases beside nf4 weights bf16, in which "
+                "training loses small steps; remove the key, or use base_dtype: bfloat16"
+            )
+            raise nested([Problem("bias", message)])
+        return self
 
     @model_validator(mode="before")
     @classmethod

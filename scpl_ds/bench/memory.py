@@ -42,6 +42,8 @@ class Case:
     zero_stage: int = 0
     deepspeed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """More of the ``deepspeed`` section, merged into it."""
+    lora: Mapping[str, Any] | None = None
+    """``model.lora``."""
 
     @property
     def ranks(self) -> int:
@@ -147,7 +149,7 @@ def recipe_of(case: Case, shape: Shape, model: Path) -> dict[str, Any]:
         **case.deepspeed,
     }
     return {
-        "model": {"name_or_path": str(model), "num_labels": 2},
+        "model": {"name_or_path": str(model), "num_labels": 2, "lora": case.lora},
         "scpl": {
             "stages": case.stages,
             "pipeline_ranks": case.pipeline_ranks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,6 +22,7 @@ from scpl_ds.partition._hf import (
 )
 from scpl_ds.partition._trace import Anatomy
 from scpl_ds.partition.lora import Adapters, adapt
+from scpl_ds.partition.lora_base import DTYPES, say_held
 from scpl_ds.partition.prepare import recompute_activations
 from scpl_ds.partition.stage_module import StageModule, _share
 
@@ -49,6 +51,7 @@ def weightless_stages(
         PartitionError: The model cannot be made without weights, or does not support
             ``gradient_checkpointing``.
     """
+    held = None if adapters is None else DTYPES.get(adapters.base_dtype or "")
     config, cls = copy.deepcopy(config), model_class(config, task)
     kwargs = {}
     if attn_implementation is not None:
@@ -62,7 +65,7 @@ def weightless_stages(
     with FakeTensorMode(allow_non_fake_inputs=True), quiet_transformers():
         try:
             with no_init_weights():
-                model = cls._from_config(config, dtype=dtype, **kwargs)
+                model = cls._from_config(config, dtype=held or dtype, **kwargs)
             if adapters is not None:
                 _adapt(model, anatomy, adapters, dtype)
         except Exception as error:
@@ -79,10 +82,12 @@ def _adapt(
 ) -> None:
     """Put adapters into a model of fake tensors, which then are fake too."""
     with unset_fake_temporarily():  # peft moves what it makes, which a fake tensor refuses
-        adapt(model, anatomy, adapters)
+        adapt(model, anatomy, dataclasses.replace(adapters, base_dtype=None))
+    if adapters.base_dtype is not None:
+        say_held(model, adapters.base_dtype)
     for module in model.modules():
         for name, made in list(module.named_parameters(recurse=False)):
-            if not isinstance(made, FakeTensor):
+            if not isinstance(made, FakeTensor) or (made.requires_grad and made.dtype != dtype):
                 like = torch.empty(made.shape, dtype=dtype)
                 setattr(module, name, nn.Parameter(like, requires_grad=made.requires_grad))
 

@@ -64,7 +64,8 @@ def load_stage(
         start: First layer of the stage.
         end: One past its last layer.
         config: The model's config (``num_labels`` set); not changed.
-        dtype: Of the weights; None keeps the checkpoint's.
+        dtype: Of the weights; None keeps the checkpoint's, and so does ``adapters.base_dtype``,
+            which then is made of it.
         seed: Torch seed for weights that the checkpoint does not have.
         adapters: Trained in the place of the layers' weights, which then stay one in a tie.
         only_read: It is not trained, so a tie that it breaks is nothing to warn of.
@@ -85,7 +86,7 @@ def load_stage(
 
     for attribute in ("__name__", "__qualname__", "__module__"):  # HF looks things up by them
         setattr(Pruned, attribute, getattr(base_class, attribute))
-    if dtype is not None:
+    if dtype is not None and (adapters is None or adapters.base_dtype is None):
         from_pretrained_kwargs["dtype"] = dtype
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

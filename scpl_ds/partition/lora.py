@@ -26,6 +26,7 @@ from scpl_ds import registry
 from scpl_ds.errors import CheckpointError, RecipeError
 from scpl_ds.partition._hf import auto_class, base_prefix, one_line, quiet_transformers, skeleton
 from scpl_ds.partition._trace import Anatomy
+from scpl_ds.partition.lora_base import hold, pack
 from scpl_ds.recipe_sections import LoraSection
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,6 +44,8 @@ class Adapters:
     targets: frozenset[str]
     """Hugging Face names of the modules, all inside of layers."""
     seed: int
+    base_dtype: str | None = None
+    """``model.lora.base_dtype``."""
 
     def in_layers(self, anatomy: Anatomy, start: int, end: int) -> tuple[tuple[str, ...], ...]:
         """Which there are in each of the layers ``[start, end)``, by their names inside of it."""
@@ -80,7 +83,7 @@ def plan_adapters(
         target_modules=sorted(named),
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
     )
-    return Adapters(made, frozenset(targets), seed)
+    return Adapters(made, frozenset(targets), seed, lora.base_dtype)
 
 
 def adapt(
@@ -105,19 +108,24 @@ def adapt(
     own = sorted(name for name, _ in model.named_modules() if name in adapters.targets)
     mine.target_modules = set(own)
     model.requires_grad_(False)
+    if adapters.base_dtype == "nf4":
+        layers = model.get_submodule(anatomy.layers).children()
+        pack(model, [layer for layer in layers if next(layer.parameters(), None) is not None])
     if own:
         peft.inject_adapter_in_model(mine, model, _NAME)
         model.train(model.training)  # peft's dropout too
     model.peft_config = {_NAME: mine}  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    for name, parameter in model.named_parameters():
+        biased = adapters.config.bias == "all" and "bias" in name
+        if biased or any(name.startswith(f"{unit}.") for unit in head):
+            parameter.requires_grad_(True)
+    if adapters.base_dtype is not None:
+        hold(model, adapters.base_dtype)
     with torch.random.fork_rng(devices=[]):
         for name in own:
             layer: Any = model.get_submodule(name)
             torch.default_generator.manual_seed(_seed_of(adapters.seed, name))
             layer.reset_lora_parameters(_NAME, True)
-    for name, parameter in model.named_parameters():
-        biased = adapters.config.bias == "all" and "bias" in name
-        if biased or any(name.startswith(f"{unit}.") for unit in head):
-            parameter.requires_grad_(True)
 
 
 def kept_names(model: nn.Module) -> frozenset[str] | None:

@@ -22,6 +22,7 @@ from scpl_ds.errors import PartitionError
 from scpl_ds.partition._hf import one_line, use_cache_off, without_reentrant_checkpoints
 from scpl_ds.partition._trace import Anatomy
 from scpl_ds.partition.lora import kept_names
+from scpl_ds.partition.lora_base import base_dtype_of
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +231,8 @@ class StageModule(nn.Module):
         self.hidden_size = anatomy.hidden_size
         self.kept = kept_names(model)
         """Names of what a checkpoint holds; None: of everything."""
+        self.base_dtype = base_dtype_of(model)
+        """How frozen weights beside adapters are held; None: as the backend holds all."""
         self.untied = tuple(
             f"{target} from {source}"
             for target, source in anatomy.crossing_ties(start, end).items()

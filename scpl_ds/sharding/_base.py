@@ -160,6 +160,12 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
+def holds_base(module: nn.Module) -> bool:
+    """Whether the frozen weights of a stage keep the type that they come in, beside adapters in
+    fp32 (``model.lora.base_dtype``)."""
+    return getattr(getattr(module, "body", None), "base_dtype", None) is not None
+
+
 def set_lr(optimizer: Any, lr: float) -> None:
     """Give every parameter group its learning rate for the coming step."""
     for group in optimizer.param_groups:

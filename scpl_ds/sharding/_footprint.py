@@ -44,6 +44,14 @@ class StageSize(NamedTuple):
     """Bytes of what is neither parameter nor computed: rotary tables, queues."""
     moments: tuple[Moment, ...]
     """Of one micro-batch's forward and backward in plain torch."""
+    frozen_bytes: int | None = None
+    """Of what is not trained, where ``model.lora.base_dtype`` holds it; else None."""
+
+    def held(self, width: int) -> int:
+        """Bytes of the parameters, those without a type of their own at ``width`` a number."""
+        if self.frozen_bytes is None:
+            return width * self.parameters
+        return width * self.trained + self.frozen_bytes
 
     @property
     def activations(self) -> int:
@@ -104,8 +112,9 @@ def none(size: StageSize, setting: Setting) -> Layout:
 
 
 def frozen(size: StageSize) -> Layout:
-    """Of a stage that is not trained: whole and in fp32 on every rank, whatever the backend."""
-    own = FP32 * size.parameters + size.buffers
+    """Of a stage that is not trained: whole on every rank, whatever the backend, and in fp32 unless
+    ``model.lora.base_dtype`` says otherwise."""
+    own = size.held(FP32) + size.buffers
     return Layout(own, 0, 0, host=0, gradients=0, messages=0, working=size.activations)
 
 
@@ -126,7 +135,7 @@ def _whole(size: StageSize, setting: Setting, *, message: int) -> Layout:
     gradients = size.itemsize * size.trained
     step = gradients + max(message, setting.scratch * FP32 * size.largest)
     return Layout(
-        parameters=size.itemsize * size.parameters + size.buffers,
+        parameters=size.held(size.itemsize) + size.buffers,
         optimizer=setting.moments * FP32 * size.trained,
         buffers=0,
         host=0,
@@ -259,12 +268,13 @@ def fsdp(size: StageSize, setting: Setting) -> Layout:
     """FSDP2: shards in fp32; a layer is whole, in the type it computes in, while it runs and the
     next one is being fetched."""
     share, width = _share(size.trained, setting), size.itemsize
-    whole, block, outside = width * size.parameters, width * size.block, width * size.outside
+    whole = size.held(width)
+    block, outside = (whole * part // size.parameters for part in (size.block, size.outside))
     resharded = setting.section.zero_stage != 2
     gathered = min(whole, outside + 2 * block) if resharded else whole
     # A layer's gradients, whole, and the fp32 message made of them.
     sent = (width + FP32) * max(size.block, size.outside)
-    own, masters = FP32 * _share(size.parameters, setting), setting.moments * FP32 * share
+    own, masters = _share(size.held(FP32), setting), setting.moments * FP32 * share
     kept = FP32 * share
     host = 0
     if _offloads(setting, "param"):

@@ -14,7 +14,13 @@ from scpl_ds.distributed.collectives import broadcast
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.optim import OptimizerState
-from scpl_ds.sharding._base import DTYPES, MakeOptimizer, StageBackend, copy_on_cpu
+from scpl_ds.sharding._base import (
+    DTYPES,
+    MakeOptimizer,
+    StageBackend,
+    copy_on_cpu,
+    holds_base,
+)
 
 
 class FrozenBackend(StageBackend):
@@ -33,7 +39,8 @@ class FrozenBackend(StageBackend):
     ) -> None:
         super().__init__(module, make_optimizer, section, mesh, device)
         # In fp32, as torch's backends keep weights; DeepSpeed's cast what enters themselves.
-        broadcast(module.to(device, torch.float32).state_dict().values(), mesh)
+        module.to(device, None if holds_base(module) else torch.float32)
+        broadcast(module.state_dict().values(), mesh)
         self._dtype = DTYPES[section.autocast or section.precision]
 
     @torch.no_grad()

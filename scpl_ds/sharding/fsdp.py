@@ -24,7 +24,7 @@ from scpl_ds.distributed.collectives import broadcast
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.errors import RecipeError
 from scpl_ds.optim import OptimizerState
-from scpl_ds.sharding._base import DTYPES
+from scpl_ds.sharding._base import DTYPES, holds_base
 from scpl_ds.sharding._torch import TorchBackend
 
 
@@ -54,7 +54,7 @@ class FsdpBackend(TorchBackend):
             offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         devices = DeviceMesh.from_group(self.mesh.dp_group, self.device.type)
         for part in (*blocks, module):
-            self._make_private(part)
+            self._make_private(part, frozen_as_is=holds_base(module))
             policy = MixedPrecisionPolicy(
                 param_dtype=half,
                 reduce_dtype=torch.float32 if half else None,
@@ -80,12 +80,14 @@ class FsdpBackend(TorchBackend):
         self._half, self._under_way = half, False
         return module
 
-    def _make_private(self, part: nn.Module) -> None:
-        """Take a layer out of its file, as fp32, and make it that of the stage's first rank; its
-        shards are cut next, so that one layer at a time is whole."""
+    def _make_private(self, part: nn.Module, *, frozen_as_is: bool) -> None:
+        """Take a layer out of its file, as fp32 (what is frozen perhaps as it is), and make it that
+        of the stage's first rank; its shards are cut next, so that one layer at a time is whole."""
         own = [p for p in part.parameters() if not isinstance(p, DTensor)]
         for parameter in own:
-            parameter.data = parameter.data.to(self.device, torch.float32, copy=True)
+            held = frozen_as_is and not parameter.requires_grad
+            dtype = parameter.dtype if held else torch.float32
+            parameter.data = parameter.data.to(self.device, dtype, copy=True)
         for buffer in part.buffers():
             buffer.data = buffer.data.to(self.device)
         broadcast([*own, *part.buffers()], self.mesh)

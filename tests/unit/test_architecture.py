@@ -61,8 +61,9 @@ OWNERS: dict[str, frozenset[str]] = {
     ),
     "wandb": frozenset({"trackers/wandb.py"}),
     "peft": frozenset({"partition/lora.py"}),
+    "bitsandbytes": frozenset({"partition/lora_base.py"}),
 }
-ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft"})
+ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft", "bitsandbytes"})
 MAY_PRINT = frozenset({"cli"})
 
 
