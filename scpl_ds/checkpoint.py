@@ -39,14 +39,14 @@ from scpl_ds.checkpoint_files import (
     unseal,
     write_text,
 )
-from scpl_ds.checkpoint_folders import completed, others, prune, resolve
+from scpl_ds.checkpoint_folders import completed, others, prune, resolve, sweep
 from scpl_ds.checkpoint_write import FORMAT, OPTIMIZER, Share, Writer
 from scpl_ds.errors import CheckpointError
 from scpl_ds.optim import OptimizerState
 
 __all__ = [
     "HEAD_PREFIX", "LATEST", "MANIFEST", "Reader", "Share", "Writer", "completed", "prune",
-    "replace_folder", "resolve", "share_out", "stage_of", "write_text",
+    "replace_folder", "resolve", "share_out", "stage_of", "sweep", "write_text",
 ]  # fmt: skip
 log = logging.getLogger(__name__)
 HEAD_PREFIX = "scpl_heads."
@@ -66,6 +66,8 @@ class Reader:
         self.folder = folder
         self._checked: set[str] = set()
         self.manifest: dict[str, Any] = _manifest(folder)
+        self.digest = checksum(folder / MANIFEST)
+        """Of the manifest, and so of all that the checkpoint holds."""
         for name, size in self.manifest["bytes"].items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:

@@ -62,7 +62,7 @@ def copy_files(source: Path, target: Path, folder: Path) -> list[Written]:
     """Copy a folder into a checkpoint's ``folder`` and see it onto the disk."""
     shutil.copytree(source, target)
     copied = sorted(path for path in target.rglob("*") if path.is_file())
-    for path in copied:
+    for path in [*copied, target, *(path for path in target.rglob("*") if path.is_dir())]:
         sync_file(path)
     return [describe(path, folder) for path in copied]
 
@@ -75,6 +75,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
+    sync_file(path.parent)
 
 
 def sync_file(path: Path) -> None:

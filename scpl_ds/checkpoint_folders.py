@@ -11,6 +11,7 @@ from scpl_ds.checkpoint_files import LATEST, MANIFEST, aside, sealed_name, unsea
 from scpl_ds.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+_GONE = ".gone"
 
 
 def resolve(folder: Path, tag: str | None = None) -> Path:
@@ -114,8 +115,18 @@ def prune(folder: Path, keep: int | None, *, spare: Collection[Path] = ()) -> No
     held = {path for path in (_latest(folder), *spare) if path in complete}
     free = [path for path in complete if path not in held]
     for path in free[: max(0, len(free) - max(0, keep - len(held)))]:
-        shutil.rmtree(path)
+        gone = path.with_name(f".{path.name}{_GONE}")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)  # first: half removed, it would pass for whole
+        shutil.rmtree(gone)
         shutil.rmtree(aside(path), ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted saves and removals left: for the one run that writes here."""
+    for pattern in ("checkpoint-*.partial", f".checkpoint-*{_GONE}"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def others(folder: Path) -> str:

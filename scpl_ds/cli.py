@@ -358,7 +358,7 @@ def _report(error: ScplError) -> int:
         where = f" [rank {_rank()}]" if _rank() else ""
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}{notes}\n")
-    return 1 if isinstance(error, FAILED_RUN) else 2
+    return 1 if isinstance(error, FAILED_RUN) or _run_has_begun() else 2
 
 
 def _in_a_world() -> bool:
@@ -378,6 +378,12 @@ def _log_to_console() -> None:
     root.setLevel(logging.DEBUG)
     root.handlers[:] = [console]
     root.propagate = False
+
+
+def _run_has_begun() -> bool:
+    """Whether a run of this process got to its first step: what ends it ends a training."""
+    handlers = logging.getLogger("scpl_ds").handlers
+    return any(isinstance(handler, logging.FileHandler) for handler in handlers)
 
 
 def _log_to_file(run: RunFolder) -> None:

@@ -74,6 +74,8 @@ class Engine(EngineEvaluation):
         self._backprop = None if backprop is None else BackpropWalk(*how, backprop)
         self.start_timeline(keep=False)
         self._batch_id = self._eval_calls = 0
+        self.on_error: Callable[[BaseException], None] | None = None
+        """Told of what ends a ``train_batch`` before the other ranks are waited for."""
         self._data_iterator: Iterator[Batch] | None = None
         self.collate: Callable[[Batch], dict[str, Tensor]] = as_inputs
         self._last_loss: Tensor | None = None
@@ -140,6 +142,8 @@ class Engine(EngineEvaluation):
             raise StopIteration(f"the data ended in step {self.global_steps}") from None
         except Exception as error:
             walk.discard()
+            if self.on_error is not None:
+                self.on_error(error)
             self.channel.send_error(f"{type(error).__name__}: {error}")
             raise
         self.global_steps += 1
@@ -255,6 +259,11 @@ class Engine(EngineEvaluation):
             SaveError: A rank could not write its part; on every rank.
         """
         self._saves.wait()
+
+    def settle_saving(self, limit_s: float) -> None:
+        """Let this rank's thread go on with a checkpoint for at most so long: after an error, when
+        the others cannot be waited for. Never raises."""
+        self._saves.settle(limit_s)
 
     def load_checkpoint(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,10 @@ from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.errors import CheckpointError
 from scpl_ds.stage import Stage
 
+log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.05
+_AT_EXIT_S = 30.0
+"""How long a script that has ended waits for what other ranks write."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,11 @@ class Saves:
         if last is not None:
             last.wait()
 
+    def settle(self, limit_s: float) -> None:
+        """Give what is being written in the background at most so long to end."""
+        if self._background is not None:
+            self._background.settle(limit_s)
+
 
 class _Background:
     """One checkpoint on its way to the disk. Ranks tell the coordinator's thread through the store
@@ -86,7 +96,8 @@ class _Background:
         self._shares = shares
         self._board = Board(f"save/{folder}")
         self._own_part, self._everybody = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scpl-save", daemon=True)
+        # No daemon: a script that ends without waiting for it keeps its checkpoint.
+        self._thread = threading.Thread(target=self._run, name="scpl-save")
         self._thread.start()
 
     def wait(self) -> None:
@@ -95,6 +106,9 @@ class _Background:
         self._everybody.set()
         self._thread.join()
         _agree(self._mesh, self._writer)
+
+    def settle(self, limit_s: float) -> None:
+        self._thread.join(limit_s)
 
     def _run(self) -> None:
         writer = self._writer
@@ -110,11 +124,14 @@ class _Background:
                 self._finish()
 
     def _finish(self) -> None:
-        peers, last_look = range(1, self._mesh.world_size), False
+        peers, last_look, left_s = range(1, self._mesh.world_size), False, _AT_EXIT_S
         while (words := self._board.take(peers)) is None:
             if last_look:  # a rank could not even say that it failed; it will, in `wait`
                 return self._writer.remove()
             last_look = self._everybody.wait(_LOOK_EVERY_S)
+            if not threading.main_thread().is_alive():  # nobody will come to `wait`
+                left_s -= _LOOK_EVERY_S
+                last_look = left_s < 0
         files = list(self._writer.written)
         for failure, written in words.values():
             files += [Written(**file) for file in written]
@@ -135,7 +152,12 @@ def _finish(writer: Writer, folder: Path, facts: Facts, files: Iterable[Written]
     if writer.failure is not None:
         writer.remove()
     elif facts.on_saved is not None:
-        facts.on_saved(folder)
+        try:
+            facts.on_saved(folder)
+        except OSError as error:  # the checkpoint is in place: what cannot be tidied up stays
+            log.warning(
+                "%s is saved, but not all that comes after could be done: %s", folder, error
+            )
 
 
 def _agree(mesh: Mesh, writer: Writer) -> list[Written]:
@@ -152,24 +174,36 @@ def _agree(mesh: Mesh, writer: Writer) -> list[Written]:
 
 def open_checkpoint(mesh: Mesh, folder: Path, tag: str | None, *, with_optimizer: bool) -> Reader:
     """The checkpoint that is meant, whole and undamaged: each rank compares a share of its files
-    with their checksums, before any of them loads a tensor (waits for all ranks).
+    that its machine reads with their checksums, before any of them loads a tensor (waits for all
+    ranks). All must see the same checkpoint.
 
     Raises:
         CheckpointError: On every rank, where one of them found something wrong.
     """
-    reader, error, files = None, None, []
+    hosts = gather_objects(mesh, socket.gethostname())
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[mesh.rank]]
+    reader, error, files, which = None, None, [], None
     try:
         reader = Reader(checkpoint.resolve(folder, tag))
+        which = (reader.folder.name, reader.digest)
         files = reader.verify(
-            with_optimizer=with_optimizer, share=mesh.rank, shares=mesh.world_size
+            with_optimizer=with_optimizer, share=here.index(mesh.rank), shares=len(here)
         )
     except CheckpointError as found:
         error = found
     wait_for_all(mesh)
-    outcomes = gather_objects(mesh, (None if error is None else str(error), files))
-    for rank, (why, _) in enumerate(outcomes):
+    outcomes = gather_objects(mesh, (None if error is None else str(error), which, files))
+    for rank, (why, other, _) in enumerate(outcomes):
         if why is not None:
             raise CheckpointError(why if rank == 0 else f"rank {rank} found: {why}") from error
+        if other != (first := outcomes[0][1]):
+            same_name = "another " * (other[0] == first[0])
+            raise CheckpointError(
+                f"Ranks see different checkpoints in {folder}: rank 0 on {hosts[0]} found "
+                f"{first[0]}, rank {rank} on {hosts[rank]} {same_name}{other[0]}. The folder must "
+                "be one that all machines share, or hold the same copy on each."
+            )
     assert reader is not None
-    reader.trust(name for _, checked in outcomes for name in checked)
+    # Only what was read on this machine: another has its own disk, or its own copy of a page.
+    reader.trust(name for rank in here for name in outcomes[rank][2])
     return reader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,6 @@ from scpl_ds.build_checks import stage_section
 from scpl_ds.build_plan import plan_stages
 from scpl_ds.build_times import Stopwatch, from_rank_0
 from scpl_ds.checkpoint_damage import scpl_of
-from scpl_ds.checkpoint_resume import asked_for
 from scpl_ds.data.demo import resolve_model_path
 from scpl_ds.data.prepared import Data, Facts, read
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
@@ -25,7 +25,7 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.engine import Engine
-from scpl_ds.errors import OtherRankFailed, ScplError
+from scpl_ds.errors import OtherRankFailed, RecipeError, ScplError
 from scpl_ds.optim import lr_schedule
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
@@ -36,11 +36,14 @@ from scpl_ds.partition.matrices import matrices_of_stages
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan
 from scpl_ds.partition.prepare import prepare
 from scpl_ds.recipe import Recipe, check_world
+from scpl_ds.run_folder import RunFolder, versions
 from scpl_ds.schedules import render, simulate
 from scpl_ds.stage import StageBody, as_body
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_MUST_AGREE = ("scpl-ds", "scpl_ds_commit", "torch", "transformers", "deepspeed")
+"""What another version of may change numbers or messages."""
 
 
 @dataclasses.dataclass
@@ -68,8 +71,23 @@ def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
     device = pick_device(env)
     init_world(env, device, timeout_s=recipe.scpl.timeout_s)
     mesh = Mesh(pipeline_ranks, dp_size, device, timeout_s=recipe.scpl.timeout_s)
+    _refuse_other_versions(mesh)
     registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding").start(mesh)
     return mesh, device
+
+
+def _refuse_other_versions(mesh: Mesh) -> None:
+    """Ranks that compute with other code would train something else without a word."""
+    found = gather_objects(mesh, (platform.node(), versions()))
+    _, first = found[0]
+    for rank, (host, own) in enumerate(found):
+        other = [n for n in sorted({*first, *own}) if first.get(n) != own.get(n)]
+        if set(other) & set(_MUST_AGREE):
+            told = ", ".join(f"{n} {first.get(n, 'none')} and {own.get(n, 'none')}" for n in other)
+            raise RecipeError(
+                f"Rank 0 on {found[0][0]} and rank {rank} on {host} have other versions: {told}. "
+                "Install the same on all machines."
+            )
 
 
 def together(mesh: Mesh, work: Callable[[], T]) -> T:
@@ -118,7 +136,7 @@ def _with_cut(recipe: Recipe, facts: Facts, trained: Path | None) -> Facts:
     keeps the cut of its checkpoint: another one would give other numbers."""
     folder = None if trained is None else trained.parent
     if folder is None:
-        folder = asked_for(recipe.train.resume_from_checkpoint, recipe.output_dir)
+        folder = RunFolder(recipe.output_dir).resume_point(recipe.train.resume_from_checkpoint)
     if folder is not None:
         manifest = checkpoint.Reader(folder).manifest
         bounds, by_time = manifest["bounds"], scpl_of(manifest).get("partition") == "time"

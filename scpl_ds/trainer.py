@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from scpl_ds import export
+from scpl_ds import checkpoint, export
 from scpl_ds.build_checks import refuse_idle
 from scpl_ds.build_times import from_rank_0
-from scpl_ds.checkpoint_resume import asked_for
 from scpl_ds.data.prepared import Data, make_loaders, saved_position
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
 from scpl_ds.evaluation import diagnose, evaluate
@@ -46,6 +46,8 @@ from scpl_ds.trainer_guard import Guard, Health, guarded
 from scpl_ds.trainer_words import log_banner, make_trackers, plan_text, warn_of_no_evaluation
 
 log = logging.getLogger(__name__)
+_SETTLE_S = 8.0
+"""How long a rank that fails lets a background save go on: less than ``watch.GRACE_S``."""
 
 
 def fit(recipe: Recipe, *, on_ready: Callable[[RunFolder], None] | None = None) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class Run:
             self.engine, self.memory, self.trackers, profile_steps=self._profile_steps()
         )
         self.health = Health(self.engine, self.folder.path)
+        self.engine.on_error = guard.watch.tell
         self.saved = -1
         """Step of the last checkpoint that this run wrote."""
         self.last_eval: dict[str, float] = {}
@@ -136,6 +139,7 @@ class Run:
         """On rank 0; the others wait."""
         if self.is_main:
             self.folder.prepare(self.recipe, resuming=resuming, lock=self.guard.lock)
+            checkpoint.sweep(self.folder.path)
             self._write_model_files(trained)
             warn_of_no_evaluation(self)
 
@@ -148,7 +152,7 @@ class Run:
         return Samples(self.data.tokenizer, prompts, most, model.config, own)
 
     def _find_checkpoint(self) -> Path | None:
-        return asked_for(self.recipe.train.resume_from_checkpoint, self.folder.path)
+        return self.folder.resume_point(self.recipe.train.resume_from_checkpoint)
 
     def _restore(self, folder: Path) -> None:
         _, state = self.engine.load_checkpoint(folder)
@@ -194,10 +198,14 @@ class Run:
     def fit(self) -> dict[str, Any]:
         try:
             result = self._fit()
-        except BaseException:
+        except BaseException as error:
+            self.guard.watch.tell(error)  # first: what follows may take its time
+            if hasattr(self, "engine"):  # it is let go at the end
+                self.engine.settle_saving(_SETTLE_S)
             self.trackers.finish({}, exit_code=1)
             raise
         self.trackers.finish(result)
+        wait_for_all(self.mesh)  # rank 0 may have had much to upload
         return result
 
     def _fit(self) -> dict[str, Any]:

@@ -147,7 +147,9 @@ class _Life:
         """Of the last complete checkpoint; -1: there is none that can be read."""
         try:
             reader = checkpoint.Reader(checkpoint.resolve(self.run))
+            reader.verify()
             reader.tensors(reader.names())
+            reader.optimizer_state(reader.names())
         except CheckpointError:
             return -1
         return int(reader.manifest["step"])

@@ -8,12 +8,21 @@ from typing import Any
 from torch.distributed.distributed_c10d import _get_default_store
 
 
+def own_connection(store: Any) -> Any:
+    """The rendezvous store over a connection of its own, where there are connections: a call that
+    waits keeps all others out of the one it uses."""
+    try:
+        return store.clone()
+    except (AttributeError, RuntimeError):  # NotImplementedError is a RuntimeError
+        return store
+
+
 class Board:
     """Plain JSON under names, in the rendezvous store: no collective, so a thread may use it while
     the main one trains."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._store = name, _get_default_store()
+        self._name, self._store = name, own_connection(_get_default_store())
 
     def _key(self, rank: int) -> str:
         return f"scpl/{self._name}/{rank}"

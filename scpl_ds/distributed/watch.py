@@ -7,6 +7,7 @@ import datetime
 import faulthandler
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -20,16 +21,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from scpl_ds.distributed.board import own_connection
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.errors import BoundaryError, OtherRankFailed, ScplError
 
 log = logging.getLogger(__name__)
 
+THREADS = "scpl-watch"
+"""Name of the threads of a watch: Python must not end while one of them is outside it."""
 GRACE_S = 12.0
 """From the first failure anywhere to the end of a rank that has not noticed by itself: it computes,
 or waits in a collective that does not see a closed connection (NCCL)."""
 _POLL_S = 0.5
+_BEAT_S = 2.0
+"""How often a rank says that it is there."""
 _PATIENCE_S = 3.0
 """How long a rank that lost a neighbour waits to be told who failed first."""
 _WITHOUT_LIMIT = datetime.timedelta(days=365)
@@ -37,10 +43,10 @@ _WITHOUT_LIMIT = datetime.timedelta(days=365)
 
 class Failure(NamedTuple):
     """Why a rank stopped. ``kind``: ``own``, its own mistake; ``killed``, its process is gone and
-    said nothing; ``unsure``, it lost another rank, or says so."""
+    said nothing; ``silent``, it stands still; ``unsure``, it lost another rank, or says so."""
 
     rank: int
-    kind: Literal["own", "killed", "unsure"]
+    kind: Literal["own", "killed", "silent", "unsure"]
     text: str
 
 
@@ -49,7 +55,8 @@ class Watch:
 
     Each rank has a connection to the next one (the last to the first) that closes with the process
     at its other end, and looks twice a second whether the rendezvous store holds a failure. A rank
-    that fails says why there; one that is gone is told by the rank before it. A rank that
+    that fails says why there; one that is gone is told by the rank before it, and so is one that
+    gives no sign of life for ``scpl.timeout_s`` (stopped, or its machine is off). A rank that
     stops because it lost a neighbour raises a ``BoundaryError`` that names the rank that failed
     first, and one that has not noticed ends ``grace_s`` later with exit code 1.
 
@@ -69,6 +76,7 @@ class Watch:
         self._closed = threading.Event()
         self._failed = threading.Event()
         self._local: Failure | None = None
+        self._posted: BaseException | None = None
         self.token = uuid.uuid4().hex[:12]
         """Of this run, the same on every rank: a store outlives a run."""
 
@@ -79,15 +87,15 @@ class Watch:
             return self
         mesh = self._mesh
         self.token = broadcast_object(mesh, self.token)
-        self._store = _get_default_store()
+        self._store = own_connection(_get_default_store())
         # A group of its own: a timeout elsewhere poisons the connections of its group.
         self._group = mesh.new_group(None, backend="gloo")
         self._word = torch.zeros(1)
         arriving = dist.irecv(self._word, self._next, group=self._group)
-        listen = threading.Thread(target=self._listen, args=(arriving,), daemon=True)
-        self._threads = [listen, threading.Thread(target=self._look, daemon=True)]
-        for thread in self._threads:
+        for work, given in ((self._listen, (arriving,)), (self._look, ())):
+            thread = threading.Thread(target=work, args=given, name=THREADS, daemon=True)
             thread.start()
+            self._threads.append(thread)
         return self
 
     def __exit__(
@@ -98,7 +106,7 @@ class Watch:
     ) -> None:
         if error is None:
             self._part()
-        elif self._alone or isinstance(error, OtherRankFailed):
+        elif isinstance(error, OtherRankFailed):
             self._closed.set()
         else:
             self._give_up(error)
@@ -110,6 +118,17 @@ class Watch:
     def tell_stages(self, stages: Sequence[int]) -> None:
         """Which stages this rank has, so that the others can name them (waits for all ranks)."""
         self._stages = gather_objects(self._mesh, list(stages))
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others know at once why this rank stops, before it tidies up. Once an error."""
+        if self._alone or isinstance(error, OtherRankFailed) or self._posted is error:
+            return
+        self._posted = error
+        self._post(self._failure(error))
+
+    def _failure(self, error: BaseException) -> Failure:
+        text = f"{type(error).__name__}: {error}".strip().partition("\n")[0][:500]
+        return Failure(self._mesh.rank, "unsure" if _lost(error) else "own", text)
 
     def _part(self) -> None:
         """The work is done everywhere: nobody is to be missed any more."""
@@ -123,11 +142,9 @@ class Watch:
             thread.join(self._grace_s)
 
     def _give_up(self, error: BaseException) -> None:
-        lost = isinstance(error, BoundaryError | dist.DistError) or type(error) is RuntimeError
-        text = f"{type(error).__name__}: {error}".strip()
-        own = Failure(self._mesh.rank, "unsure" if lost else "own", text.partition("\n")[0][:500])
-        self._post(own)
-        first = self._wait_for_cause() if lost else None
+        self.tell(error)
+        own = self._failure(error)
+        first = self._wait_for_cause() if _lost(error) and not self._alone else None
         self._closed.set()
         if first is not None and first.rank != self._mesh.rank:
             raise BoundaryError(
@@ -138,7 +155,7 @@ class Watch:
         if not isinstance(error, ScplError):  # those are told by whoever catches them
             log.error("%s failed: %s; %s", self._name(own.rank), own.text, self._where(own.rank))
             log.debug("traceback of the failure", exc_info=error)
-        if self._mesh.rank == 0:
+        if self._mesh.rank == 0 and not self._alone:
             time.sleep(4 * _POLL_S)  # the store may end with this process
 
     # -- words in the store ----------------------------------------------------------------
@@ -190,10 +207,17 @@ class Watch:
             self._failed.set()
 
     def _look(self) -> None:
+        pulse = _Pulse(self._store, self._key, self._mesh.rank, self._next)
         while not self._closed.wait(_POLL_S):
             if self._failed.is_set() or self._told():
                 break
-        if self._closed.wait(self._grace_s):
+            if (silence := pulse.beat()) > self._mesh.timeout_s:
+                text = f"it has given no sign of life for {silence:.0f} s"
+                self._local = Failure(self._next, "silent", text)
+                self._post(self._local)
+                break
+        # A rank that is tidying up after its own failure is let be.
+        if self._closed.wait(self._grace_s) or self._posted is not None:
             return
         first = self._wait_for_cause() or next(iter(self._told()), None)
         if first is not None and not self._closed.is_set():
@@ -230,4 +254,38 @@ class Watch:
                 f"{self._name(failure.rank)} is no longer running and did not say why: "
                 f"{failure.text}. It was killed (out of memory? `dmesg` tells) or crashed; {where}."
             )
+        if failure.kind == "silent":
+            return (
+                f"{self._name(failure.rank)} stands still: {failure.text} (scpl.timeout_s). Its "
+                f"process was stopped, or its machine is off or cut off; {where}."
+            )
         return f"{self._name(failure.rank)} failed: {failure.text}; {where}."
+
+
+class _Pulse:
+    """Says that this rank is there, and how long the next one has not."""
+
+    def __init__(self, store: Any, key: Callable[[object], str], rank: int, watched: int) -> None:
+        self._store = store
+        self._own, self._other = key(f"pulse/{rank}"), key(f"pulse/{watched}")
+        self._beats, self._beat_at, self._silence_s, self._heard = 0, -math.inf, 0.0, b""
+
+    def beat(self) -> float:
+        """Seconds since the other was heard, of those in which this thread was running."""
+        since = time.monotonic() - self._beat_at
+        if since < _BEAT_S:
+            return self._silence_s
+        self._beats, self._beat_at = self._beats + 1, time.monotonic()
+        if self._beats > 1:
+            self._silence_s += min(since, 2 * _BEAT_S)  # not while it was itself suspended
+        with contextlib.suppress(RuntimeError):  # the store is gone: told elsewhere
+            self._store.set(self._own, str(self._beats))
+            if self._store.check([self._other]) and (word := self._store.get(self._other)):
+                self._silence_s *= word == self._heard
+                self._heard = word
+        return self._silence_s
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether an error is what the loss of another rank looks like."""
+    return isinstance(error, BoundaryError | dist.DistError) or type(error) is RuntimeError

@@ -161,20 +161,20 @@ def plain_optimizer_state(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    whole: Callable[[Tensor], Tensor] = copy_on_cpu,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     keep: Collection[str] | None = None,
 ) -> OptimizerState:
-    """The state of a torch optimizer, by parameter name; ``whole`` copies one tensor of it, and is
-    called for those too that are not in ``keep``."""
+    """The state of a torch optimizer, by parameter name, copied; ``whole`` puts one tensor of it
+    together, and is called for those too that are not in ``keep``."""
     step, moments = 0, {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if key == "step":
                 step = max(step, int(value))
             elif torch.is_tensor(value):
-                copied = whole(value)
+                tensor = whole(value)
                 if keep is None or name in keep:
-                    moments.setdefault(key, {})[name] = copied
+                    moments.setdefault(key, {})[name] = copy_on_cpu(tensor)
     return OptimizerState(step, moments)
 
 

@@ -125,8 +125,8 @@ class TorchBackend(StageBackend):
     # -- state, whole ----------------------------------------------------------------------
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A copy on the CPU of a parameter, buffer or moment (a collective of the stage)."""
-        return copy_on_cpu(tensor)
+        """A parameter, buffer or moment in one piece (a collective of the stage)."""
+        return tensor
 
     def beside(self, parameter: Tensor, whole: Tensor) -> Tensor:
         """What this rank keeps of a moment, made of the whole."""
@@ -139,7 +139,7 @@ class TorchBackend(StageBackend):
         for name in names:
             whole = self.whole(tensors[name])
             if keep is None or name in keep:
-                found[name] = whole
+                found[name] = copy_on_cpu(whole)
         return found
 
     def optimizer_state(self, *, keep: Collection[str] | None = None) -> OptimizerState:

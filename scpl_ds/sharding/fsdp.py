@@ -148,8 +148,8 @@ class FsdpBackend(TorchBackend):
     def whole(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             on_device: Any = tensor.detach().to(self.device)  # offloaded ones are on the CPU
-            tensor = on_device.full_tensor()
-        return super().whole(tensor)
+            return on_device.full_tensor()
+        return tensor
 
     def beside(self, parameter: Tensor, whole: Tensor) -> Tensor:
         moment = torch.zeros_like(parameter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,3 +124,70 @@ def test_a_checkpoint_written_in_the_background_is_that_of_the_moment_it_was_ask
         reader = Reader(tmp_path / name / "checkpoint-1")
         reader.verify()
         runs.assert_equal(held(reader), held(wanted))
+
+
+@distributed(2)
+def test_ranks_that_see_different_checkpoints_load_none(tmp_path: Path) -> None:
+    """As on two machines with disks of their own, one of which missed the last save."""
+    engine = runs.engine(2)
+    data = runs.batches()
+    own = tmp_path / "own" / str(dist.get_rank())
+    for _ in range(2):
+        engine.train_batch(data)
+        engine.save_checkpoint(tmp_path)
+    dist.barrier()
+    for name in ("checkpoint-1", "checkpoint-2")[: 2 - dist.get_rank()]:
+        shutil.copytree(tmp_path / name, own / name)
+    before = {name: tensor.clone() for name, tensor in runs.weights_of_engine(engine).items()}
+    with pytest.raises(CheckpointError, match=r"rank 0 on .* found checkpoint-2, rank 1 .*-1"):
+        engine.load_checkpoint(own)
+    shutil.copytree(tmp_path / f"checkpoint-{dist.get_rank() + 1}", own / "mine")
+    with pytest.raises(CheckpointError, match=r"found mine, rank 1 .* another mine"):
+        engine.load_checkpoint(own, "mine")
+    runs.assert_equal(runs.weights_of_engine(engine), before)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
+@distributed(1)
+def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one(
+    tmp_path: Path, background: bool
+) -> None:
+    """NFS keeps a file that another process has open: the folder cannot go."""
+    engine = runs.engine(1)
+    data = runs.batches()
+
+    def cannot(folder: Path) -> None:
+        raise OSError(39, "Directory not empty", str(folder))
+
+    engine.train_batch(data)
+    engine.save_checkpoint(tmp_path, background=background, on_saved=cannot)
+    engine.finish_saving()
+    assert names(tmp_path) == ["checkpoint-1", "latest"]
+    Reader(checkpoint.resolve(tmp_path)).verify()
+
+
+def test_a_checkpoint_whose_removal_was_interrupted_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved(step: int) -> None:
+        folder = tmp_path / f"checkpoint-{step}"
+        with checkpoint.Writer(folder, is_coordinator=True) as writer:
+            writer.finish(step=step, bounds=(0, 1), client_state={}, save_latest=True)
+
+    saved(1)
+    saved(2)
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, **options: object) -> None:
+        if any(path.glob("*")) and not options:
+            raise KeyboardInterrupt
+        remove(path, ignore_errors=True)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, 1)
+    monkeypatch.undo()
+    assert checkpoint.completed(tmp_path) == [tmp_path / "checkpoint-2"]
+    (tmp_path / "checkpoint-3.partial").mkdir()
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2", "latest"]

@@ -83,6 +83,32 @@ def test_a_rank_that_waits_where_nobody_answers_is_ended(tmp_path: Path, killed:
         assert "body" in (tmp_path / f"rank{rank}.log").read_text()  # where it was
 
 
+def test_a_rank_that_stands_still_is_told_of_after_the_timeout(tmp_path: Path):
+    """Its connections stay open: a process that was stopped, a machine that lost its power."""
+
+    def body(mesh: Mesh, watch: Watch) -> None:
+        if mesh.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        reads, _ = os.pipe()
+        os.read(reads, 1)
+
+    def watched() -> None:
+        mesh = Mesh(RANKS, 1, "cpu", timeout_s=5)
+        with Watch(mesh, log_of=lambda rank: tmp_path / f"rank{rank}.log", grace_s=1) as watch:
+            watch.tell_stages([mesh.rank])
+            body(mesh, watch)
+
+    pids = [fork_rank(rank, RANKS, tmp_path, watched) for rank in range(RANKS)]
+    try:
+        failed = dict(wait_for({pids[rank]: rank for rank in (0, 2)}, limit_s=60))
+    finally:
+        os.kill(pids[1], signal.SIGKILL)
+        os.waitpid(pids[1], 0)
+    assert failed == {0: "exit code 1", 2: "exit code 1"}
+    said = (tmp_path / "rank0.log").read_text()
+    assert "Where this rank was when it was ended" in said
+
+
 @distributed(RANKS)
 def test_ranks_that_end_at_different_times_miss_nobody() -> None:
     mesh = Mesh(RANKS, 1, "cpu", timeout_s=25)

@@ -35,6 +35,28 @@ def test_auto_goes_on_from_the_last_complete_checkpoint(
     assert (run / "checkpoint-4" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+        ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+    ],
+)
+def test_a_run_that_its_launcher_starts_again_goes_on(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: str
+):
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run, **{"train.max_steps": 4, "train.export": False})
+    monkeypatch.setenv(name, "77")
+    assert train(recipe, "train.max_steps=2") == 0
+    monkeypatch.setenv(count, "1")
+    assert train(recipe) == 0
+    assert (run / "checkpoint-4").exists() and not run.with_name("run.1").exists()
+    monkeypatch.setenv(name, "78")  # not the launch that wrote these checkpoints
+    assert train(recipe) == 0
+    assert run.with_name("run.1").exists()
+
+
 def test_a_logged_loss_that_is_no_number_ends_the_run_with_code_1(
     base: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
