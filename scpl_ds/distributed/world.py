@@ -30,7 +30,7 @@ class RankEnv:
     @classmethod
     def current(cls) -> RankEnv:
         """The word of the world that the user's script made, or else of the launcher. What
-        ``srun`` says is put into ``os.environ`` as others say it: torch and DeepSpeed read it there.
+        ``srun`` says is put into ``os.environ`` as others say it, where torch and DeepSpeed look.
 
         A script that made its own (``mp.spawn``, ``init_process_group(rank=, world_size=)``) need
         not have set any variable; those of the node are then guessed from the rank.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from scpl_ds.trackers._base import Tracker, TrackerOptions
 
@@ -21,7 +21,7 @@ DEFAULT_EXPERIMENT = "scpl-ds"
 _LONGEST = 500
 """Characters of a parameter's value that every MLflow store takes."""
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""Unless set: MLflow's own are 7 tries of up to 120 seconds, for which the run would stand still."""
+"""Unless set: MLflow's own are 7 tries of up to 120 seconds, in which the run would stand still."""
 
 
 class MlflowOptions(TrackerOptions):
@@ -34,7 +34,7 @@ class MlflowOptions(TrackerOptions):
     """Experiment, made if it is not there; unset: ``MLFLOW_EXPERIMENT_NAME``, else ``scpl-ds``."""
     run_name: str | None = None
     """Display name; unset: ``MLFLOW_RUN_NAME``, else ``train.run_name``, else the run folder's."""
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default_factory=dict)
     """Tags of the run."""
 
 
@@ -151,6 +151,4 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """``{"train": {"seed": 1}}`` as ``[("train.seed", 1)]``; lists are values."""
     if not isinstance(value, Mapping):
         return [(prefix, value)]
-    return [
-        row for key, own in value.items() for row in _flat(own, f"{prefix}.{key}".lstrip("."))
-    ]
+    return [row for key, own in value.items() for row in _flat(own, f"{prefix}.{key}".lstrip("."))]

@@ -53,9 +53,10 @@ OWNERS: dict[str, frozenset[str]] = {
     "transformers": frozenset({"partition", "data", "checkpoint", "export"}),
     "deepspeed": frozenset({"sharding/deepspeed.py", "sharding/_deepspeed_world.py", "baselines"}),
     "wandb": frozenset({"trackers/wandb.py"}),
+    "mlflow": frozenset({"trackers/mlflow.py"}),
     "peft": frozenset({"partition/lora.py"}),
 }
-ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft"})
+ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "mlflow", "deepspeed", "peft"})
 MAY_PRINT = frozenset({"cli"})
 
 
