@@ -45,6 +45,8 @@ _TABLES: dict[str, dict[str, str]] = {
     "tracker": {
         "console": "scpl_ds.trackers.console:ConsoleTracker",
         "jsonl": "scpl_ds.trackers.jsonl:JsonlTracker",
+        "mlflow": "scpl_ds.trackers.mlflow:MlflowTracker",
+        "tensorboard": "scpl_ds.trackers.tensorboard:TensorBoardTracker",
         "wandb": "scpl_ds.trackers.wandb:WandbTracker",
     },
     "schedule": {

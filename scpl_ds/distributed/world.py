@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from scpl_ds.distributed.slurm import variables_of_step
 from scpl_ds.errors import RecipeError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -28,7 +29,8 @@ class RankEnv:
 
     @classmethod
     def current(cls) -> RankEnv:
-        """The word of the world that the user's script made, or else of the launcher.
+        """The word of the world that the user's script made, or else of the launcher. What
+        ``srun`` says is put into ``os.environ`` as others say it, where torch and DeepSpeed look.
 
         A script that made its own (``mp.spawn``, ``init_process_group(rank=, world_size=)``) need
         not have set any variable; those of the node are then guessed from the rank.
@@ -37,6 +39,7 @@ class RankEnv:
             RecipeError: There is no world, and the launcher set some variables but not others.
         """
         if not dist.is_initialized():
+            os.environ.update(variables_of_step(os.environ))
             return cls.from_environ()
         rank, world_size = dist.get_rank(), dist.get_world_size()
         local_rank = int(os.environ.get("LOCAL_RANK", rank))

@@ -60,10 +60,11 @@ OWNERS: dict[str, frozenset[str]] = {
         }
     ),
     "wandb": frozenset({"trackers/wandb.py"}),
+    "mlflow": frozenset({"trackers/mlflow.py"}),
     "peft": frozenset({"partition/lora.py"}),
     "bitsandbytes": frozenset({"partition/lora_base.py"}),
 }
-ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "deepspeed", "peft", "bitsandbytes"})
+ONLY_INSIDE_FUNCTIONS = frozenset({"wandb", "mlflow", "deepspeed", "peft", "bitsandbytes"})
 MAY_PRINT = frozenset({"cli"})
 
 
