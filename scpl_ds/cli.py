@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from scpl_ds import __version__, cli_types
 from scpl_ds.bench import commands as commands_of_bench
+from scpl_ds.cli_log import log_to_console, log_to_file, rank_number, run_has_begun
 from scpl_ds.errors import FAILED_RUN, OtherRankFailed, RecipeError, ScplError
 
 if TYPE_CHECKING:
-    from scpl_ds.run_folder import RunFolder
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra and not hasattr(args, "overrides"):
         parser.error(f"{extra[0]!r}: this command takes no overrides")
     args.overrides = [*getattr(args, "overrides", []), *extra]
-    _log_to_console()
+    log_to_console()
     os.umask(os.umask(0o022) | 0o002)  # nobody else may change a checkpoint, whatever is allowed
     try:
         return args.run(args)
@@ -169,8 +170,8 @@ def _train(args: argparse.Namespace) -> int:
     _choose_accelerator()
     from scpl_ds.trainer import fit
 
-    result = fit(recipe, on_ready=_log_to_file)
-    if _rank() == 0:
+    result = fit(recipe, on_ready=log_to_file)
+    if rank_number() == 0:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     _leave()
     return 0
@@ -216,7 +217,7 @@ def _eval(args: argparse.Namespace) -> int:
         exit_thresholds=args.exit_threshold,
         exit_patiences=args.exit_patience,
     )
-    if _rank() == 0:
+    if rank_number() == 0:
         sys.stdout.write(json.dumps({"checkpoint": str(folder), **scores}, indent=2) + "\n")
     _leave()
     return 0
@@ -282,7 +283,7 @@ def _doctor(args: argparse.Namespace) -> int:
     logging.getLogger("scpl_ds").setLevel(logging.ERROR)  # what it finds is said below
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes its log there
         report = examine(args.output_dir, timeout_s=args.timeout)
-    if _rank() == 0 or not report.complete:
+    if rank_number() == 0 or not report.complete:
         text = render(report.found, report.world_size)
         sys.stdout.write((json.dumps(report.as_json(), indent=1) if args.json else text) + "\n")
     _leave()
@@ -344,59 +345,24 @@ def _choose_accelerator() -> None:
 # -- words ---------------------------------------------------------------------------------
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _report(error: ScplError) -> int:
     """Say what is wrong in one message and without a traceback; every rank says its own only."""
     log.debug("traceback of the error", exc_info=True)
     # Before there is a world all ranks find the same; rank 0 speaks for them.
-    silent = isinstance(error, OtherRankFailed) or (_rank() > 0 and not _in_a_world())
+    silent = isinstance(error, OtherRankFailed) or (rank_number() > 0 and not _in_a_world())
     if silent:
         # A launcher ends all ranks as soon as one has left: let the one that speaks finish.
         time.sleep(_GRACE_S)
     else:
-        where = f" [rank {_rank()}]" if _rank() else ""
+        where = f" [rank {rank_number()}]" if rank_number() else ""
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         sys.stderr.write(f"scpl-ds:{where} {type(error).__name__}: {error}{notes}\n")
-    return 1 if isinstance(error, FAILED_RUN) or _run_has_begun() else 2
+    return 1 if isinstance(error, FAILED_RUN) or run_has_begun() else 2
 
 
 def _in_a_world() -> bool:
     world = sys.modules.get("scpl_ds.distributed.world")  # not imported: nothing has begun
     return world is not None and world.has_begun()
-
-
-def _log_to_console() -> None:
-    """Rank 0 at INFO, the others at WARNING with their rank in front."""
-    rank = _rank()
-    console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(
-        logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s")
-    )
-    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    root = logging.getLogger("scpl_ds")
-    root.setLevel(logging.DEBUG)
-    root.handlers[:] = [console]
-    root.propagate = False
-
-
-def _run_has_begun() -> bool:
-    """Whether a run of this process got to its first step: what ends it ends a training."""
-    handlers = logging.getLogger("scpl_ds").handlers
-    return any(isinstance(handler, logging.FileHandler) for handler in handlers)
-
-
-def _log_to_file(run: RunFolder) -> None:
-    from scpl_ds.checkpoint_disk import writing
-
-    path = run.log_file(_rank())
-    with writing(path, then="Nothing was trained. Make room or mend the disk."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("scpl_ds").addHandler(handler)
 
 
 def _leave() -> None:
