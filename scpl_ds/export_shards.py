@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scpl_ds.checkpoint import write_text
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Of one file, unless asked otherwise; that of the hub."""
 PIECE_BYTES = 256 * 2**20
@@ -38,7 +38,8 @@ def pieces(sizes: Mapping[str, int], limit: int = PIECE_BYTES) -> Iterator[list[
 
 
 class Shards:
-    """Writes ``model-00001-of-00003.safetensors`` and so on into ``out``, and their index."""
+    """Writes ``model-00001-of-00003.safetensors`` and so on into ``out``, and their index;
+    ``model.safetensors`` alone where one file is enough."""
 
     def __init__(self, out: Path, limit: int, about: Mapping[str, str]) -> None:
         self._out, self._limit, self._about = out, limit, dict(about)
@@ -60,6 +61,9 @@ class Shards:
         """Write what is left, the files' names, which say how many there are, and the index."""
         if self._held:
             self._write()
+        if len(self._files) == 1:
+            self._unnamed(1).rename(self._out / WEIGHTS)
+            return
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._files, 1):
             shard = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
@@ -72,7 +76,7 @@ class Shards:
     def _write(self) -> None:
         self._files.append(list(self._held))
         path = self._unnamed(len(self._files))
-        save_file(self._held, path, metadata={"format": "pt"})
+        save_file(self._held, path, metadata={"format": "pt", **self._about})
         path.chmod(0o644)
         self._total += _bytes(self._held.values())
         self._held.clear()
