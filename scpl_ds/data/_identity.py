@@ -24,9 +24,9 @@ def checksum_of(columns: Mapping[str, np.ndarray], offsets: np.ndarray, labels: 
     for name in sorted(columns):
         digest.update(name.encode())
         for block in _blocks(columns[name].reshape(-1)):
-            digest.update(np.ascontiguousarray(block))
+            digest.update(np.ascontiguousarray(block).data)
     for numbers in (offsets, () if labels is None else labels):
-        digest.update(np.ascontiguousarray(numbers, dtype=np.int64))
+        digest.update(np.ascontiguousarray(numbers, dtype=np.int64).data)
     return digest.hexdigest()
 
 
