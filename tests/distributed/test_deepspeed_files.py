@@ -72,7 +72,7 @@ def test_zero_to_fp32_gives_a_stages_weights_by_their_names_and_training_goes_on
         runs.assert_equal(runs.weights_of_engine(engine), runs.weights_of_engine(other))
         assert engine.stages[0].backend.engine.checkpoint_engine.name == "TorchCheckpointEngine"  # pyright: ignore
 
-    run_ranks(2, body)
+    run_ranks(2, body, limit_s=240)
 
 
 def test_the_manifest_has_deepspeeds_files_and_loading_reads_none_of_them(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_manifest_has_deepspeeds_files_and_loading_reads_none_of_them(tmp_pa
         engine.load_checkpoint(tmp_path)
         runs.assert_equal(runs.weights_of_engine(engine), saved)
 
-    run_ranks(2, body)
+    run_ranks(2, body, limit_s=240)
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_for_deepspeeds_files_is_an_error_on_all_ranks(
         engine.save_checkpoint(tmp_path, deepspeed_files=True)
         assert fp32_of(tmp_path / "checkpoint-2" / "deepspeed" / "stage-0")
 
-    run_ranks(2, body)
+    run_ranks(2, body, limit_s=240)
 
 
 def test_deepspeed_files_of_other_backends_and_in_the_background_are_refused(tmp_path: Path):
