@@ -69,8 +69,8 @@ class Reader:
         self.folder = folder
         self._checked: set[str] = set()
         self.manifest: dict[str, Any] = _manifest(folder)
-        self.digest = checksum(folder / MANIFEST)
-        """Of the manifest, and so of all that the checkpoint holds."""
+        self.identity: str = self.manifest.get("checksum", "")
+        """The manifest's checksum, and so one of all that the checkpoint holds."""
         for name, size in self.manifest["bytes"].items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:

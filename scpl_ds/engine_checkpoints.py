@@ -193,7 +193,7 @@ def open_checkpoint(mesh: Mesh, folder: Path, tag: str | None, *, with_optimizer
     reader, error, files, which = None, None, [], None
     try:
         reader = Reader(checkpoint.resolve(folder, tag))
-        which = (reader.folder.name, reader.digest)
+        which = (reader.folder.name, reader.identity)
         files = reader.verify(
             with_optimizer=with_optimizer, share=here.index(mesh.rank), shares=len(here)
         )

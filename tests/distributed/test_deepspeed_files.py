@@ -127,9 +127,12 @@ def test_a_disk_that_is_full_for_deepspeeds_files_is_an_error_on_all_ranks(
 
 
 def test_deepspeed_files_of_other_backends_and_in_the_background_are_refused(tmp_path: Path):
-    engine = runs.engine(2, sharding="none")
-    with pytest.raises(ValueError, match="cannot be written in the background"):
-        engine.save_checkpoint(tmp_path, deepspeed_files=True, background=True)
-    with pytest.raises(ValueError, match=r"needs scpl\.sharding: deepspeed"):
-        engine.save_checkpoint(tmp_path, deepspeed_files=True)
+    def body() -> None:
+        engine = runs.engine(2, sharding="none")
+        with pytest.raises(ValueError, match="cannot be written in the background"):
+            engine.save_checkpoint(tmp_path, deepspeed_files=True, background=True)
+        with pytest.raises(ValueError, match=r"needs scpl\.sharding: deepspeed"):
+            engine.save_checkpoint(tmp_path, deepspeed_files=True)
+
+    run_ranks(1, body)
     assert list(tmp_path.iterdir()) == []
