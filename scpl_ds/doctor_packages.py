@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from scpl_ds.doctor_findings import Finding, ok, problem, warning
 
 _NAME = "scpl-ds"
-_EXTRAS = ("wandb", "tensorboard", "mlflow", "lora", "plot", "demo")
+_EXTRAS = ("wandb", "tensorboard", "mlflow", "lora", "qlora", "plot", "demo")
 
 
 class Asked(NamedTuple):
