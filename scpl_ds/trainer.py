@@ -323,6 +323,7 @@ class Run:
             "fingerprint": self.recipe.fingerprint(),
             "recipe": self.recipe.to_mapping(),
             "versions": versions(),
+            "tracker_runs": self.trackers.run_ids(),
             "best": self.best.state(),
         }
         together(

@@ -84,6 +84,10 @@ class Tracker(abc.ABC):
         """Show texts under ``name``, columns by their names, the same in every row; ``step`` as in
         ``log``."""
 
+    def run_id(self) -> str | None:
+        """What the place knows the run by, once started; a checkpoint keeps it."""
+        return None
+
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:  # noqa: B027
         """Close. ``summary``: the final results; a non-zero ``exit_code``: the run failed."""
 
@@ -156,6 +160,11 @@ class TrackerSet:
 
     def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
         self._each("texts", lambda t: t.texts(name, rows, step))
+
+    def run_ids(self) -> dict[str, str]:
+        """Of those that have one, by the name of their class."""
+        found = {type(tracker).__name__: tracker.run_id() for tracker in self._trackers}
+        return {name: run_id for name, run_id in found.items() if run_id}
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         """Close all of them; a second call does nothing."""

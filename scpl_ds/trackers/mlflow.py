@@ -107,6 +107,9 @@ class MlflowTracker(Tracker):
     def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
         self._client.log_dict(self._run_id, [dict(row) for row in rows], f"{name}/{step:08d}.json")
 
+    def run_id(self) -> str | None:
+        return self._run_id or None
+
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         if self._client is None:
             return

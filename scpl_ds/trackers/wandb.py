@@ -151,6 +151,9 @@ class WandbTracker(Tracker):
         table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
         self._run.log({name: table, STEP_METRIC: step})
 
+    def run_id(self) -> str | None:
+        return None if self._run is None else self._run.id
+
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         if self._run is None:
             return

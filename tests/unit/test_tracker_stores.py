@@ -15,6 +15,10 @@ CONFIG = {"train": {"max_steps": 4, "seed": 1}, "scpl": {"stages": 2}}
 SAMPLES = [{"prompt": "Once", "text": "upon a time"}]
 
 
+def id_of(run_dir: Path) -> str:
+    return (run_dir / "mlflow_run_id").read_text().strip()
+
+
 def run(run_dir: Path, section: dict[str, Any], steps: range, *, resumed: int | None = None):
     run_dir.mkdir(exist_ok=True)
     trackers = TrackerSet.build(
@@ -24,6 +28,8 @@ def run(run_dir: Path, section: dict[str, Any], steps: range, *, resumed: int | 
     for step in steps:
         trackers.log({"stage0/loss": 10.0 + step, "head/loss": float("nan")}, step)
     trackers.texts("samples", SAMPLES, steps[-1])
+    ids = trackers.run_ids()
+    assert ids == ({"MlflowTracker": id_of(run_dir)} if section["name"] == "mlflow" else {})
     (run_dir / "timeline.svg").write_text("<svg/>")
     trackers.picture("profile/timeline", run_dir / "timeline.svg")
     trackers.finish({"eval_accuracy": 0.5})
@@ -84,7 +90,7 @@ class TestMlflow:
         experiment = client.get_experiment_by_name("scpl-ds")
         assert experiment is not None
         (found,) = client.search_runs([experiment.experiment_id])
-        assert found.info.run_id == (tmp_path / "mlflow_run_id").read_text().strip()
+        assert found.info.run_id == id_of(tmp_path)
         assert found.info.status == "FINISHED" and found.info.run_name == "mine"
         assert found.data.tags["team"] == "ours"
         assert found.data.params == {"train.max_steps": "4", "train.seed": "1", "scpl.stages": "2"}
