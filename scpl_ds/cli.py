@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from scpl_ds import __version__, cli_types
 from scpl_ds.bench import commands as commands_of_bench
 from scpl_ds.cli_log import log_to_console, log_to_file, rank_number, run_has_begun
+from scpl_ds.distributed.slurm import variables_of_step
 from scpl_ds.errors import FAILED_RUN, OtherRankFailed, RecipeError, ScplError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra and not hasattr(args, "overrides"):
         parser.error(f"{extra[0]!r}: this command takes no overrides")
     args.overrides = [*getattr(args, "overrides", []), *extra]
+    os.environ.update(variables_of_step(os.environ))
     log_to_console()
     os.umask(os.umask(0o022) | 0o002)  # nobody else may change a checkpoint, whatever is allowed
     try:

@@ -18,7 +18,7 @@ from scpl_ds.distributed.board import Board
 from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
-from scpl_ds.errors import CheckpointError
+from scpl_ds.errors import BoundaryError, CheckpointError
 from scpl_ds.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,16 @@ class Saves:
         Raises:
             CheckpointError: A rank could not write it.
         """
-        last, self._background = self._background, None
-        if last is not None:
-            last.wait()
+        if self._background is None:
+            return
+        try:
+            self._background.wait()
+        except BoundaryError:
+            raise  # `settle` may still bring it to its end
+        except BaseException:
+            self._background = None
+            raise
+        self._background = None
 
     def settle(self, limit_s: float) -> None:
         """Give what is being written in the background at most so long to end."""

@@ -18,7 +18,7 @@ from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, stage_of, wr
 from scpl_ds.checkpoint_damage import scpl_of
 from scpl_ds.checkpoint_disk import writing
 from scpl_ds.errors import CheckpointError, RecipeError
-from scpl_ds.export_shards import INDEX, SHARD_BYTES, WEIGHTS, Shards, pieces
+from scpl_ds.export_shards import INDEX, SHARD_BYTES, Shards, pieces
 from scpl_ds.partition._hf import auto_class, model_class, one_line
 from scpl_ds.partition.loading import export_state_dict, tied_weights
 from scpl_ds.partition.lora import (
@@ -70,14 +70,13 @@ def check_destination(out: Path, *, key: str) -> None:
 
 def _is_export(folder: Path) -> bool:
     try:
-        if (folder / INDEX).is_file():
-            metadata = json.loads((folder / INDEX).read_text())["metadata"]
-        else:
-            whole = next(folder / n for n in (ADAPTER_WEIGHTS, WEIGHTS) if (folder / n).is_file())
-            with safe_open(whole, "pt") as file:
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
                 metadata = file.metadata()
+        else:
+            metadata = json.loads((folder / INDEX).read_text())["metadata"]
         return str(metadata["written_by"]).startswith(_WRITER)
-    except (OSError, StopIteration, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
 
 

@@ -39,7 +39,7 @@ def pieces(sizes: Mapping[str, int], limit: int = PIECE_BYTES) -> Iterator[list[
 
 class Shards:
     """Writes ``model-00001-of-00003.safetensors`` and so on into ``out``, and their index;
-    ``model.safetensors`` alone where one file is enough."""
+    ``model.safetensors`` where one file is enough."""
 
     def __init__(self, out: Path, limit: int, about: Mapping[str, str]) -> None:
         self._out, self._limit, self._about = out, limit, dict(about)
@@ -61,12 +61,10 @@ class Shards:
         """Write what is left, the files' names, which say how many there are, and the index."""
         if self._held:
             self._write()
-        if len(self._files) == 1:
-            self._unnamed(1).rename(self._out / WEIGHTS)
-            return
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._files, 1):
-            shard = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            count = len(self._files)
+            shard = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             self._unnamed(number).rename(self._out / shard)
             weight_map |= dict.fromkeys(names, shard)
         metadata = {"total_size": self._total, **self._about}
@@ -76,7 +74,7 @@ class Shards:
     def _write(self) -> None:
         self._files.append(list(self._held))
         path = self._unnamed(len(self._files))
-        save_file(self._held, path, metadata={"format": "pt", **self._about})
+        save_file(self._held, path, metadata={"format": "pt"})
         path.chmod(0o644)
         self._total += _bytes(self._held.values())
         self._held.clear()

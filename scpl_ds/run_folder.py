@@ -11,7 +11,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from scpl_ds import checkpoint
 from scpl_ds import lock as lock_file
@@ -27,18 +27,19 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "sa
 
 
 LAUNCH = "launch"
-"""File with the name of what started the run."""
+"""File with the names of what started the run, and of the run itself."""
 
 
-def launched_by(environ: Mapping[str, str] = os.environ) -> tuple[str, bool]:
-    """What started this process, the same when it starts it again, and whether it has done so."""
+def launches(environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
+    """What started this process, the same when it starts it again -> whether it has done so."""
+    found = {}
     if "TORCHELASTIC_RUN_ID" in environ:  # torchrun's own process is this one's parent
         name = f"torchrun {environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()}"
-        return name, int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        found[name] = int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if "SLURM_JOB_ID" in environ:
         name = f"slurm {environ['SLURM_JOB_ID']}"
-        return name, int(environ.get("SLURM_RESTART_COUNT", 0)) > 0
-    return f"process {platform.node()} {os.getpid()}", False
+        found[name] = int(environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return found
 
 
 class RunFolder:
@@ -99,30 +100,32 @@ class RunFolder:
                 "be overwritten. Name a folder of its own, such as runs/mine."
             )
 
-    def resume_point(self, asked: bool | Path | Literal["auto"]) -> Path | None:
+    def resume_point(self, recipe: Recipe) -> Path | None:
         """The checkpoint that ``train.resume_from_checkpoint`` means; None: the run starts anew.
         On the coordinating rank.
 
-        Args:
-            asked: ``true``: the latest of this folder; ``auto``: that one, if there is a complete
-                one; a path: the one there. Whatever it says, a run that its launcher has started
-                again (torchrun, SLURM) goes on from the latest that it has written.
+        ``true``: the latest of this folder; ``auto``: that one, if there is a complete one; a path:
+        the one there. Whatever it says, a run that its launcher has started again (torchrun,
+        SLURM), under the same recipe, goes on from the latest that it has written.
 
         Raises:
             CheckpointError: There is none where one was asked for.
         """
-        complete = checkpoint.completed(self.path)
-        if complete and self._is_restart():
+        asked, complete = recipe.train.resume_from_checkpoint, checkpoint.completed(self.path)
+        if complete and self._is_restart(recipe):
             log.warning("Started again by its launcher: going on from the latest in %s.", self.path)
             asked = True
         if asked is False or (asked == "auto" and not complete):
             return None
         return checkpoint.resolve(self.path if asked in (True, "auto") else Path(asked))
 
-    def _is_restart(self) -> bool:
-        launch, again = launched_by()
-        path = self.path / LAUNCH
-        return again and path.is_file() and path.read_text().strip() == launch
+    def _is_restart(self, recipe: Recipe) -> bool:
+        try:
+            run, *before = (self.path / LAUNCH).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return False
+        again = [name for name, restarted in launches().items() if restarted]
+        return run == recipe.fingerprint() and not set(again).isdisjoint(before)
 
     def prepare(self, recipe: Recipe, *, resuming: bool, lock: RunLock) -> None:
         """Make the folder on the coordinating rank, and take its lock; an earlier run there is
@@ -139,7 +142,8 @@ class RunFolder:
             log.warning("%s held an earlier run; it is kept as %s.", self.path, aside)
         self.path.mkdir(parents=True, exist_ok=True)
         lock.take()
-        write_text(self.path / LAUNCH, launched_by()[0] + "\n")
+        self.result.unlink(missing_ok=True)  # of the run that this one goes on with
+        write_text(self.path / LAUNCH, "\n".join([recipe.fingerprint(), *launches()]) + "\n")
         write_text(self.recipe, recipe.to_yaml())
 
     def _free_name(self) -> Path:

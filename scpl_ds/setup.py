@@ -25,7 +25,7 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
 from scpl_ds.engine import Engine
-from scpl_ds.errors import OtherRankFailed, RecipeError, ScplError
+from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, ScplError
 from scpl_ds.optim import lr_schedule
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
@@ -42,7 +42,8 @@ from scpl_ds.stage import StageBody, as_body
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_MUST_AGREE = ("scpl-ds", "scpl_ds_commit", "torch", "transformers", "deepspeed")
+_COMMIT = "scpl_ds_commit"
+_MUST_AGREE = ("scpl-ds", _COMMIT, "torch", "transformers", "deepspeed")
 """What another version of may change numbers or messages."""
 
 
@@ -82,6 +83,8 @@ def _refuse_other_versions(mesh: Mesh) -> None:
     _, first = found[0]
     for rank, (host, own) in enumerate(found):
         other = [n for n in sorted({*first, *own}) if first.get(n) != own.get(n)]
+        if not (first.get(_COMMIT) and own.get(_COMMIT)):  # git may be missing, or be slow
+            other = [name for name in other if name != _COMMIT]
         if set(other) & set(_MUST_AGREE):
             told = ", ".join(f"{n} {first.get(n, 'none')} and {own.get(n, 'none')}" for n in other)
             raise RecipeError(
@@ -122,6 +125,7 @@ def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Dat
             needed.
     """
     data = together(mesh, lambda: read(recipe, trained) if mesh.pp_rank == 0 else None)
+    _refuse_other_data(mesh, data)
     facts: Facts = broadcast_object(mesh, data.facts if data is not None else None)
     if recipe.scpl.partition == "time":
         facts = from_rank_0(mesh, lambda: _with_cut(recipe, facts, trained))
@@ -131,12 +135,25 @@ def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Dat
     return data
 
 
+def _refuse_other_data(mesh: Mesh, data: Data | None) -> None:
+    """A machine with a changed copy of the data would train on other samples without a word."""
+    own = None if data is None else (data.facts.num_train, data.facts.train_checksum)
+    found = gather_objects(mesh, (platform.node(), own))
+    for rank, (host, other) in enumerate(found):
+        if other is not None and other != found[0][1]:
+            raise DataError(
+                f"Rank {rank} on {host} reads other training data than rank 0 on {found[0][0]}: "
+                f"{other[0]} samples with checksum {other[1]}, not {found[0][1][0]} with "
+                f"{found[0][1][1]}. Give all machines the same files."
+            )
+
+
 def _with_cut(recipe: Recipe, facts: Facts, trained: Path | None) -> Facts:
     """What ``scpl.partition: time`` cuts by. Times are never the same twice, so a run that goes on
     keeps the cut of its checkpoint: another one would give other numbers."""
     folder = None if trained is None else trained.parent
     if folder is None:
-        folder = RunFolder(recipe.output_dir).resume_point(recipe.train.resume_from_checkpoint)
+        folder = RunFolder(recipe.output_dir).resume_point(recipe)
     if folder is not None:
         manifest = checkpoint.Reader(folder).manifest
         bounds, by_time = manifest["bounds"], scpl_of(manifest).get("partition") == "time"

@@ -110,7 +110,7 @@ class Run:
         resuming = resume is not None and resume.parent.resolve() == self.folder.path.resolve()
         kept = [name for stage in self.engine.stages for name in stage.module.body.kept or ()]
         trained = [name for names in gather_objects(mesh, kept) for name in names]
-        together(mesh, lambda: self._open_folder(trained, resuming=resuming))
+        together(mesh, lambda: self._open_folder(trained, resume if resuming else None))
         guard.watch.tell_stages([stage.index for stage in self.engine.stages])
         if on_ready is not None:
             on_ready(self.folder)
@@ -137,12 +137,17 @@ class Run:
         if train.export and train.export_dir is not None:
             export.check_destination(train.export_dir, key="train.export_dir")
 
-    def _open_folder(self, trained: list[str], *, resuming: bool) -> None:
-        """On rank 0; the others wait."""
+    def _open_folder(self, trained: list[str], resume: Path | None) -> None:
+        """On rank 0; the others wait. ``resume``: a checkpoint in it that the run goes on from."""
         if self.is_main:
             with writing(self.folder.path, then="Nothing was trained. Make room or mend the disk."):
-                self.folder.prepare(self.recipe, resuming=resuming, lock=self.guard.lock)
+                going_on = resume is not None
+                self.folder.prepare(self.recipe, resuming=going_on, lock=self.guard.lock)
                 checkpoint.sweep(self.folder.path)
+                if resume is not None and not resume.name.startswith("."):
+                    checkpoint.name_latest(
+                        resume
+                    )  # what a restart before the next save goes on from
                 self._write_model_files(trained)
             warn_of_no_evaluation(self)
 
@@ -155,7 +160,7 @@ class Run:
         return Samples(self.data.tokenizer, prompts, most, model.config, own)
 
     def _find_checkpoint(self) -> Path | None:
-        return self.folder.resume_point(self.recipe.train.resume_from_checkpoint)
+        return self.folder.resume_point(self.recipe)
 
     def _restore(self, folder: Path) -> None:
         _, state = self.engine.load_checkpoint(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -35,7 +36,12 @@ def _heed_only_the_rank(worker: int) -> None:
     if sys.platform != "linux":
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, _ASK_TO_STOP)
-    threading.Thread(target=_end_with_the_rank, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_the_rank, args=(_parent(),), daemon=True).start()
+
+
+def _parent() -> int:
+    rank = multiprocessing.parent_process()
+    return os.getppid() if rank is None or rank.pid is None else rank.pid
 
 
 def _end_with_the_rank(rank: int) -> None:

@@ -36,6 +36,8 @@ or waits in a collective that does not see a closed connection (NCCL)."""
 _POLL_S = 0.5
 _BEAT_S = 2.0
 """How often a rank says that it is there."""
+_LEAST_S = 20.0
+"""Shorter silences are no sign of anything, however small ``scpl.timeout_s`` is."""
 _PATIENCE_S = 3.0
 """How long a rank that lost a neighbour waits to be told who failed first."""
 _WITHOUT_LIMIT = datetime.timedelta(days=365)
@@ -211,7 +213,7 @@ class Watch:
         while not self._closed.wait(_POLL_S):
             if self._failed.is_set() or self._told():
                 break
-            if (silence := pulse.beat()) > self._mesh.timeout_s:
+            if (silence := pulse.beat()) > max(self._mesh.timeout_s, _LEAST_S):
                 text = f"it has given no sign of life for {silence:.0f} s"
                 self._local = Failure(self._next, "silent", text)
                 self._post(self._local)

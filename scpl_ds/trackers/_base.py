@@ -163,8 +163,14 @@ class TrackerSet:
 
     def run_ids(self) -> dict[str, str]:
         """Of those that have one, by the name of their class."""
-        found = {type(tracker).__name__: tracker.run_id() for tracker in self._trackers}
-        return {name: run_id for name, run_id in found.items() if run_id}
+        found: dict[str, str] = {}
+
+        def ask(tracker: Tracker) -> None:
+            if (run_id := tracker.run_id()) is not None:
+                found[type(tracker).__name__] = str(run_id)
+
+        self._each("run_id", ask)
+        return found
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         """Close all of them; a second call does nothing."""

@@ -17,7 +17,9 @@ BEST = {"train.load_best_model_at_end": True, "train.eval_steps": 3, "train.save
 
 
 def export_of(folder: Path) -> dict[str, Any]:
-    return {n: t for f in sorted(folder.glob("model-*")) for n, t in load_file(f).items()}
+    return {
+        n: t for f in sorted(folder.glob("model*.safetensors")) for n, t in load_file(f).items()
+    }
 
 
 def val_losses(run: Path) -> dict[int, float]:

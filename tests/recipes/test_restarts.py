@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scpl_ds import checkpoint
+from scpl_ds.engine import Engine
 from tests.support.tiny import DROP, put, recipe_for, train
 
 Recipe = dict[str, Any]
@@ -43,18 +46,44 @@ def test_auto_goes_on_from_the_last_complete_checkpoint(
     ],
 )
 def test_a_run_that_its_launcher_starts_again_goes_on(
-    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: str
+    base: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    count: str,
 ):
     run = tmp_path / "run"
     recipe = recipe_for(base, "none", run, **{"train.max_steps": 4, "train.export": False})
     monkeypatch.setenv(name, "77")
-    assert train(recipe, "train.max_steps=2") == 0
+    assert train(recipe) == 0
+    shutil.rmtree(run / "checkpoint-4")  # as if it had been killed before
     monkeypatch.setenv(count, "1")
     assert train(recipe) == 0
+    assert "Started again by its launcher" in capsys.readouterr().err
     assert (run / "checkpoint-4").exists() and not run.with_name("run.1").exists()
-    monkeypatch.setenv(name, "78")  # not the launch that wrote these checkpoints
-    assert train(recipe) == 0
+    assert train(recipe, "train.seed=7") == 0  # another run of the same job
     assert run.with_name("run.1").exists()
+    monkeypatch.setenv(name, "78")  # not the launch that wrote these checkpoints
+    assert train(recipe, "train.seed=7") == 0
+    assert run.with_name("run.2").exists()
+
+
+def test_a_run_that_went_back_is_started_again_from_there(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = tmp_path / "run"
+    recipe = recipe_for(base, "none", run, **{"train.max_steps": 4, "train.export": False})
+    assert train(recipe) == 0
+    back = f"train.resume_from_checkpoint={run / 'checkpoint-3'}"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "train_batch", killed)
+        assert train(recipe, back) == 130
+    assert checkpoint.resolve(run).name == "checkpoint-3"
 
 
 def test_a_logged_loss_that_is_no_number_ends_the_run_with_code_1(
