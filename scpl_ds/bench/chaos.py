@@ -38,6 +38,9 @@ _WORDS = [f"word{number}" for number in range(60)]
 _ROWS = 160
 _LIMIT_S = 120.0
 """A rank that outlives a killed one for so long is ended, and counted with this."""
+_JOINED = "joined-"
+"""File of a rank that is in the world. One that waits for another to come in waits until the
+timeout, or until a launcher ends it: there is none here, so nobody is killed before."""
 _SAVING_S = 0.03
 """A kill in a save comes up to so long after its first file has been seen."""
 
@@ -105,6 +108,7 @@ class _Life:
         self.recipe = _recipe(folder, self.run)
         fork = multiprocessing.get_context("fork")
         store = Path(tempfile.mkdtemp(dir=folder)) / "store"
+        self._meeting = store.parent
         # Beside it: what has no checkpoint yet is moved aside at the next start.
         self.logs = [folder / f"{run}-{rank}.log" for rank in range(RANKS)]
         self.ranks: list[ForkProcess] = []
@@ -120,6 +124,10 @@ class _Life:
         for rank in self.ranks:
             rank.kill()
             rank.join()
+
+    def begun(self) -> bool:
+        """Whether all ranks are in the world."""
+        return len(list(self._meeting.glob(f"{_JOINED}*"))) == RANKS
 
     def running(self) -> bool:
         return all(rank.exitcode is None for rank in self.ranks)
@@ -159,6 +167,8 @@ def _kill(life: _Life, draw: random.Random, whole_s: float, figures: Figures) ->
     """Kill a rank at a random moment; False: the run was done before."""
     in_save = draw.random() < 0.5
     victim = life.ranks[draw.randrange(RANKS)]
+    while life.running() and not life.begun():
+        time.sleep(0.002)
     if in_save:
         for _ in range(draw.randint(1, 3)):
             _next_save(life)
@@ -207,6 +217,7 @@ def _rank(recipe: Recipe, rank: int, store: Path, file: Path) -> None:
     os.dup2(handle, 2)
     torch.set_num_threads(1)
     join_file_world(RankEnv(rank, RANKS, rank, RANKS), store, timeout_s=recipe.scpl.timeout_s)
+    (store.parent / f"{_JOINED}{rank}").touch()
     fit(recipe)
 
 
