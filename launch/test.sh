@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extras into .venv and runs the whole suite; about 20 minutes on two cores.
+# Installs the test extras into .venv and runs the whole suite; half an hour to an hour on two cores.
 #
 #   bash launch/test.sh [pytest arguments]
 #   bash launch/test.sh tests/unit -k schedule
