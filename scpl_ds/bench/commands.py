@@ -70,6 +70,11 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
         help="only these; a wrong name lists them all",
     )  # fmt: skip
     parser.add_argument(
+        "--namespaces", type=_names, default=(), metavar="A,B",
+        help="network namespaces that the ranks are in, in turn (root; launch/namespaces.sh makes "
+        "them); bytes sent are then those of their interfaces",
+    )  # fmt: skip
+    parser.add_argument(
         "--emulate", type=_milliseconds, default=None, metavar="FORWARD_MS,BACKWARD_MS",
         help="stages sleep so long for a micro-batch instead of computing: many ranks on few cores",
     )  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from scpl_ds.bench import systems
+from scpl_ds.bench import hosts, systems
 from scpl_ds.bench.emulate import Lengths
 from scpl_ds.bench.machine import Processor, describe_machine
 from scpl_ds.bench.pipeline_rows import (
@@ -73,6 +73,8 @@ class Options:
     steps: int | None = None
     threads: int = 1
     systems: tuple[str, ...] | None = None
+    namespaces: tuple[str, ...] = ()
+    """Rank r is in number r modulo their count; empty: all ranks are in this process's."""
     emulate: tuple[float, float] | None = None
     """Milliseconds of a forward and of a backward of one micro-batch."""
 
@@ -82,6 +84,11 @@ class Options:
         if self.emulate is None:
             return None
         return Lengths(*(ms / 1e3 / self.micro_batch_size for ms in self.emulate))
+
+    @property
+    def namespaces_by_rank(self) -> list[str]:
+        names = self.namespaces
+        return [names[rank % len(names)] for rank in range(self.ranks)] if names else []
 
     def steps_of(self, entry: Entry, num_micro_batches: int) -> int:
         """Optimizer steps of one run of a system."""
@@ -129,6 +136,7 @@ def run(
     """
     known = dict(entries or systems.entries())
     chosen = systems.choose(options.systems, known, emulated=options.emulate is not None)
+    hosts.check(options.namespaces)
     pinning = pin(options)
     figures: dict[str, Any] = {
         "machine": describe_machine()
@@ -250,6 +258,7 @@ def _world(
         ranks=options.ranks,
         threads=options.threads,
         cores=pinning,
+        namespaces=options.namespaces_by_rank,
         limit_s=options.limit_s(task.num_micro_batches),
     )
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import torch
 
+from scpl_ds.bench import hosts
 from scpl_ds.distributed.collectives import barrier
 from scpl_ds.distributed.file_world import join_file_world
 from scpl_ds.distributed.mesh import Mesh
@@ -80,6 +81,7 @@ class World:
         ranks: Processes, all along the pipeline.
         threads: Of each rank.
         cores: Where each rank may run; None leaves it to the system.
+        namespaces: The network namespace that each rank is in; empty: the parent's.
         limit_s: A rank that says nothing for so long is ended, and the others with it.
 
     Raises:
@@ -94,6 +96,7 @@ class World:
         ranks: int,
         threads: int = 1,
         cores: Sequence[Sequence[int]] | None = None,
+        namespaces: Sequence[str] = (),
         limit_s: float = 300,
     ) -> None:
         self.name, self._limit_s = name, limit_s
@@ -105,10 +108,11 @@ class World:
         def body(rank: int, pipe: Connection) -> None:
             if cores is not None:
                 os.sched_setaffinity(0, cores[rank])
+            link = hosts.enter(namespaces[rank]) if namespaces else None
             torch.set_num_threads(threads)
             env, patience = RankEnv(rank, ranks, rank, ranks), limit_s / 2  # so that it says why
             join_file_world(env, folder / "store", timeout_s=patience)
-            _serve(pipe, Mesh(ranks, 1, _CPU, timeout_s=patience), build)
+            _serve(pipe, Mesh(ranks, 1, _CPU, timeout_s=patience), build, link)
 
         try:
             for rank in range(ranks):
@@ -298,7 +302,8 @@ def _answer(pipe: Connection, answer: Any) -> None:
     pipe.send((time.monotonic(), None, answer))
 
 
-def _serve(pipe: Connection, mesh: Mesh, build: Build) -> None:
+def _serve(pipe: Connection, mesh: Mesh, build: Build, link: str | None) -> None:
+    """``link``: the interface whose bytes are counted; None: the system counts its own."""
     _touch_libraries()
     watch = MemoryWatch(_CPU)
     watch.restart()
@@ -306,8 +311,12 @@ def _serve(pipe: Connection, mesh: Mesh, build: Build) -> None:
     system.run(WARM_UP_STEPS)
     barrier(mesh)
     _answer(pipe, None)
+
+    def bytes_sent() -> int | None:
+        return system.bytes_sent if link is None else hosts.bytes_out(link)
+
     for steps in _orders(pipe):
-        cpu_s, sent = time.process_time(), system.bytes_sent
+        cpu_s, sent = time.process_time(), bytes_sent()
         barrier(mesh)
         if system.timeline is not None:
             system.timeline.restart()
@@ -315,7 +324,7 @@ def _serve(pipe: Connection, mesh: Mesh, build: Build) -> None:
         system.run(steps)
         ended = time.monotonic()
         totals = {} if system.timeline is None else system.timeline.totals()
-        now = system.bytes_sent
+        now = bytes_sent()
         sent = None if now is None or sent is None else now - sent
         cpu_s = time.process_time() - cpu_s
         _answer(pipe, Report(began, ended, totals, sent, watch.peak(), cpu_s))

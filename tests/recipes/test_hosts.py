@@ -1,0 +1,123 @@
+"""Two hosts on one machine: network namespaces with addresses of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scpl_ds import cli
+from scpl_ds.bench import hosts
+from scpl_ds.errors import RecipeError
+from tests.support import tiny
+from tests.support.tiny import recipe_for, tensors_of, train, write_recipe
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "namespaces.sh"
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Iterator[str]:
+    """Of the names of two hosts with links of 100 Mbit/s."""
+    name = f"scpl-test-{os.getpid()}-"
+    environment = {**os.environ, "HOSTS": name}
+
+    def script(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(SCRIPT), *words]
+        return subprocess.run(command, env=environment, text=True, capture_output=True)
+
+    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
+        pytest.skip("needs root and iproute2")
+    made = script("up", "2", "100mbit")
+    try:
+        if made.returncode != 0:
+            pytest.skip(f"no namespaces can be made here: {made.stderr.strip()[-200:]}")
+        yield name
+    finally:
+        script("down")
+
+
+def test_a_namespace_that_is_not_there_is_refused_by_name():
+    with pytest.raises(RecipeError, match=r"--namespaces nowhere: there is no network namespace"):
+        hosts.check(("nowhere",))
+
+
+def test_the_bytes_of_an_interface_are_those_it_has_sent():
+    table = (
+        "Inter-|   Receive                                                |  Transmit\n"
+        " face |bytes    packets errs drop fifo frame compressed multicast|bytes packets\n"
+        "    lo:  11      2    0    0    0     0          0         0       22       3\n"
+        " scpl0: 333      4    0    0    0     0          0         0      444       5\n"
+    )
+    assert (hosts.bytes_out("lo", table), hosts.bytes_out("scpl0", table)) == (22, 444)
+
+
+@pytest.mark.forks
+def test_ranks_on_two_hosts_send_over_their_link_what_the_engine_counts(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    model = tiny.save_model(tmp_path / "model")
+    sent: dict[str, Any] = {}
+    for name, more in (("here", []), ("hosts", [f"--namespaces={prefix}0,{prefix}1"])):
+        out = tmp_path / f"{name}.json"
+        words = ["--micro-batches=2", "--seq=32", "--micro-batch-size=64", "--repeats=1"]
+        words += [f"--model={model}", "--steps=8", "--systems=scpl-stream", f"--json={out}"]
+        assert cli.main(["bench", "pipeline", *words, *more]) == 0
+        (row,) = json.loads(out.read_text())["rows"]
+        sent[name] = row["bytes_sent"]
+    assert sent["here"] > 2 * 64 * 32 * 16 * 4  # the hidden states of a step
+    # Headers, acknowledgements and barriers come to it.
+    assert sent["here"] < sent["hosts"] < 1.5 * sent["here"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_run_over_two_hosts_ends_as_one_process_does(
+    prefix: str, base: dict[str, Any], tmp_path: Path, launcher: str
+):
+    changes = {"train.max_steps": 3, "train.save_steps": 3, "train.export": False}
+    assert train(recipe_for(base, "none", tmp_path / "alone", **changes)) == 0
+    recipe = recipe_for(base, "none", tmp_path / "hosts", **changes)
+    file = write_recipe(tmp_path / "recipe.yaml", recipe)
+    hostfile = tmp_path / "hosts.txt"
+    hostfile.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    common = {
+        "HOSTS": prefix, "RANKS": "1", "NODES": "2", "MASTER_ADDR": "10.77.0.1",
+        "MASTER_PORT": "29500",
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "SCPL_DS_VENV": sys.prefix, "HOSTFILE": str(hostfile),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [
+                "bash",
+                str(SCRIPT),
+                "run",
+                str(node),
+                "bash",
+                f"{ROOT}/launch/{launcher}.sh",
+                str(file),
+            ],
+            env={**os.environ, **common, "NODE_RANK": str(node)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+        )
+        for node in (0, 1)
+    ]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-3000:]
+    found = tensors_of(tmp_path / "hosts" / "checkpoint-3")
+    tiny.assert_same(found, tensors_of(tmp_path / "alone" / "checkpoint-3"))
