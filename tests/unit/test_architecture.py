@@ -59,7 +59,7 @@ OWNERS: dict[str, frozenset[str]] = {
             "baselines",
         }
     ),
-    "wandb": frozenset({"trackers/wandb.py"}),
+    "wandb": frozenset({"trackers/wandb.py", "trackers/_wandb_artifacts.py"}),
     "mlflow": frozenset({"trackers/mlflow.py"}),
     "peft": frozenset({"partition/lora.py"}),
     "bitsandbytes": frozenset({"partition/lora_base.py"}),

@@ -27,7 +27,7 @@ def run(run_dir: Path, section: dict[str, Any], steps: range, *, resumed: int | 
     trackers.start(CONFIG, total_steps=4, resumed_step=resumed)
     for step in steps:
         trackers.log({"stage0/loss": 10.0 + step, "head/loss": float("nan")}, step)
-    trackers.texts("samples", SAMPLES, steps[-1])
+    trackers.table("samples", SAMPLES, steps[-1])
     ids = trackers.run_ids()
     assert ids == ({"MlflowTracker": id_of(run_dir)} if section["name"] == "mlflow" else {})
     (run_dir / "timeline.svg").write_text("<svg/>")
