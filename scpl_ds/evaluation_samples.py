@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from scpl_ds.batch import Evaluated
+from scpl_ds.data._base import drawn
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.data.prepared import Data
 from scpl_ds.distributed.collectives import gather_objects
@@ -29,12 +30,12 @@ class Predictions:
     Args:
         data: Whose evaluation split is scored.
         loader: Of it, on this rank.
-        count: Samples, at even distances in the split.
+        count: Samples, drawn once: data often stand in the order of their labels.
     """
 
     def __init__(self, data: Data, loader: BatchLoader, count: int) -> None:
         total = loader.num_samples
-        self._wanted = {i * total // count for i in range(count)} if count < total else None
+        self._wanted = set(drawn(total, min(count, total), 0).tolist())
         self._data, self._first = data, loader.first_scored
         self._next = self._first
         self._found: list[_Answer] = []
@@ -45,7 +46,7 @@ class Predictions:
             return
         start, self._next = self._next, self._next + len(output.labels)
         for row in range(len(output.labels)):
-            if self._wanted is None or start + row in self._wanted:
+            if start + row in self._wanted:
                 self._found.append(_answer(start + row, output.logits[row], output.labels[row]))
 
     def take(self, mesh: Mesh) -> list[dict[str, str | float]]:

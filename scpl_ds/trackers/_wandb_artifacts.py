@@ -90,7 +90,7 @@ class Uploads:
         import wandb
 
         artifact = wandb.Artifact(
-            f"{made.kind}-{run.id}", type=made.kind, metadata=dict(made.metadata)
+            f"{made.kind}-{run.id}", type=made.kind, metadata={"step": made.step, **made.metadata}
         )
         for file in sorted(path for path in links.rglob("*") if path.is_file()):
             # Immutable: the links are nobody else's, so wandb need not copy them once more.
