@@ -252,6 +252,7 @@ class Run:
             with self.report.paused():
                 self._save(step)
         together(self.mesh, self.engine.finish_saving)
+        self.report.show()  # what other ranks had still on its way, up to this step
         reason, total = self.guard.stop.reason, self.progress.total_steps
         folder = self.folder.path / f"checkpoint-{step}"
         if self.is_main:

@@ -1,4 +1,5 @@
-"""Folders of a run as W&B artifacts: summed and sent beside the training, never in its way."""
+"""What W&B asks its service about before it takes it, tables and artifacts: in a thread of its own,
+never in the training's way."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import queue
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ _LOOK_S = 1
 
 
 class Uploads:
-    """Hands artifacts to a run from a thread of its own.
+    """Hands tables and artifacts to a run, one after the other.
 
-    What is handed over is a second name (hard link) of every file, made at once: a checkpoint that
-    is pruned, or an export that is replaced, takes nothing away from what is still to be sent, and
-    costs no room while it stays. The links are in ``folder``: until they are uploaded or, of an
-    offline run, for good, because ``wandb sync`` reads them.
+    wandb 0.31 asks the service at each of them, and waits: some 20 seconds for one that is silent.
+
+    What is handed over as an artifact is a second name (hard link) of every file, made at once: a
+    checkpoint that is pruned, or an export that is replaced, takes nothing away from what is still
+    to be sent, and costs no room while it stays. The links are in ``folder``: until they are
+    uploaded or, of an offline run, for good, because ``wandb sync`` reads them.
 
     Args:
         folder: Made when it is needed; on the disk of what comes, or files are copied.
@@ -33,56 +37,58 @@ class Uploads:
 
     def __init__(self, folder: Path, *, online: bool) -> None:
         self._folder, self._online = folder.resolve(), online
-        self._todo: queue.Queue[tuple[Any, Artifact, Path] | None] = queue.Queue()
+        self._todo: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._sent: list[tuple[Any, Path]] = []
         self._thread: threading.Thread | None = None
+        self._warned = False
 
     def add(self, run: Any, made: Artifact) -> None:
         """Take ``made`` as it is now."""
-        name = f"{made.kind}-{run.id}"
-        links = self._folder / f"{name}-step-{made.step}"
+        name = f"{made.kind}-{run.id}-step-{made.step}"
+        links = self._folder / name
         shutil.rmtree(links, ignore_errors=True)  # of an earlier save of that step
         links.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(made.path, links, copy_function=_link)
+        self.later(f"artifact {name}", lambda: self._send(run, made, links))
+
+    def later(self, what: str, work: Callable[[], None]) -> None:
+        """Do ``work`` behind what is there already."""
         if self._thread is None:
             # A daemon: a server that never answers does not keep the process.
-            self._thread = threading.Thread(target=self._work, name="wandb-artifacts", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="wandb-uploads", daemon=True)
             self._thread.start()
-        self._todo.put((run, made, links))
+        self._todo.put((what, work))
 
     def finish(self, limit_s: float, *, failed: bool) -> None:
-        """Give uploads at most so long; what has not arrived by then keeps its links. Summing, of
-        which the end is certain, is waited for unless the run has ``failed``."""
+        """Give what is left at most so long, of which artifacts keep their links. Without a server
+        all comes to its end, and is waited for unless the run has ``failed``."""
         if self._thread is None:
             return
         self._todo.put(None)
-        self._thread.join(limit_s if failed else None)
         end = time.monotonic() + limit_s
-        if self._thread.is_alive():
-            log.warning(
-                "wandb: artifacts were still being summed when the run failed and are left out; "
-                "their files are in %s.",
-                self._folder,
-            )  # fmt: skip
-            return
-        while self._sent and time.monotonic() < end:
+        self._thread.join(limit_s if self._online or failed else None)
+        while not self._thread.is_alive() and self._sent and time.monotonic() < end:
             self._forget_uploaded()
-        if self._sent:
+        if self._thread.is_alive() or self._sent:
             log.warning(
-                "wandb: %d artifacts were not uploaded within finish_timeout_s %g; their files "
-                "are kept in %s.",
-                len(self._sent), limit_s, self._folder,
+                "wandb did not get all tables and artifacts within finish_timeout_s %g. Tables are "
+                "in tables.jsonl, the files of artifacts in %s.",
+                limit_s, self._folder,
             )  # fmt: skip
 
     def _work(self) -> None:
         while (job := self._todo.get()) is not None:
+            what, work = job
             try:
-                self._send(*job)
+                work()
             except Exception as error:
-                log.warning(
-                    "wandb: %s of step %d could not be made an artifact: %s. Its files are in %s.",
-                    job[1].kind, job[1].step, error, job[2],
+                say = log.debug if self._warned else log.warning
+                say(
+                    "wandb did not take %s: %s. Tables are in tables.jsonl, the files of artifacts "
+                    "in %s; this is said once.",
+                    what, error, self._folder,
                 )  # fmt: skip
+                self._warned = True
             if self._online:
                 self._forget_uploaded()
 
@@ -90,7 +96,9 @@ class Uploads:
         import wandb
 
         artifact = wandb.Artifact(
-            f"{made.kind}-{run.id}", type=made.kind, metadata={"step": made.step, **made.metadata}
+            f"{made.kind}-{run.id}",
+            type=made.kind,
+            metadata={"step": made.step, **made.metadata},
         )
         for file in sorted(path for path in links.rglob("*") if path.is_file()):
             # Immutable: the links are nobody else's, so wandb need not copy them once more.

@@ -168,7 +168,11 @@ class WandbTracker(Tracker):
 
         columns: list[Any] = list(rows[0])
         table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
-        self._run.log({name: table, STEP_METRIC: step})
+        run, row = self._run, {name: table, STEP_METRIC: step}
+        if self._online:
+            self._uploads.later(f"table {name}", lambda: run.log(row))
+        else:
+            run.log(row)
 
     def artifact(self, made: Artifact) -> None:
         if self._run is not None and made.kind in self._kept:
@@ -184,13 +188,21 @@ class WandbTracker(Tracker):
         run.summary.update(dict(summary))
         self._uploads.finish(self.options.finish_timeout_s, failed=exit_code != 0)
         began = time.monotonic()
-        run.finish(exit_code=exit_code)
-        if self._online and time.monotonic() - began >= self.options.finish_timeout_s:
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:  # wandb's own process may have crashed
+            why = f"{type(error).__name__} {error}".strip()
+        else:
+            late = time.monotonic() - began >= self.options.finish_timeout_s
+            why = f"not within finish_timeout_s {self.options.finish_timeout_s:g}" if late else ""
+        if why and self._online:
             log.warning(
-                "wandb was not done within finish_timeout_s %g. What is left is in %s; send it "
+                "wandb has not confirmed the end of the run (%s). All of it is in %s; send it "
                 "with: wandb sync --include-online %s",
-                self.options.finish_timeout_s, self._folder, self._folder,
+                why, self._folder, self._folder,
             )  # fmt: skip
+        elif why:
+            log.warning("wandb could not end the offline run in %s: %s", self._folder, why)
         self._write_last_step(self._last_step)
 
     def _define_metrics(self) -> None:

@@ -1,17 +1,22 @@
-"""A run on two ranks, stopped and resumed under Weights & Biases, offline: read back as written."""
+"""Weights & Biases: a run on two ranks, stopped and resumed offline, read back as it was written;
+and a run whose service is not there, or is gone from the middle on."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
@@ -186,27 +191,85 @@ def test_wandb_sync_finds_both_parts(tracked: Tracked):
     assert "2 run(s)" in said and all(folder.name in said for folder in folders)
 
 
-def test_an_unreachable_service_leaves_the_training_as_it_is(
-    plain_run: Path, base: dict[str, Any], tmp_path: Path
+class Silent(http.server.BaseHTTPRequestHandler):
+    """Plays the service until it has made the run; whatever is asked after that gets no answer."""
+
+    over = threading.Event()
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).asked.append(self.path)
+        if b"mutation UpsertBucket" not in body:
+            self.over.wait()
+            return
+        project = {"id": "p", "name": "scpl-ds", "entity": {"id": "e", "name": "me"}}
+        bucket = {"id": "b", "name": "r", "displayName": "r", "config": "{}", "project": project}
+        made = {"data": {"upsertBucket": {"inserted": True, "bucket": bucket}}}
+        answer = json.dumps(made).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not into the test's output."""
+
+
+@contextlib.contextmanager
+def no_service() -> Iterator[str]:
+    """The address of nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def silent_service() -> Iterator[str]:
+    Silent.over.clear()
+    Silent.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        Silent.over.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("service", "folder", "told"),
+    [
+        (no_service, "offline-run-*", "this run is written offline"),
+        (silent_service, "run-*", "has not confirmed the end of the run"),
+    ],
+)
+def test_without_the_service_or_without_it_from_the_middle_on_training_is_the_same(
+    service: Any, folder: str, told: str, plain_run: Path, base: dict[str, Any], tmp_path: Path
 ):
     pytest.importorskip("wandb")
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    wandb = {"name": "wandb", "mode": "online", "init_timeout_s": 1, "finish_timeout_s": 1}
-    changes = {"trackers": [{**wandb, "log_model": "end"}], "train.run_name": DROP}
+    wandb = {"name": "wandb", "mode": "online", "init_timeout_s": 20, "finish_timeout_s": 1}
+    if service is no_service:
+        wandb["init_timeout_s"] = 1
+    changes = {"trackers": [{**wandb, "log_model": "checkpoint"}], "train.run_name": DROP}
     recipe = recipe_for(base, "none", tmp_path / "run", **changes)
     path = write_recipe(tmp_path / "r.yaml", recipe)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "scpl_ds", "train", str(path)],
-        env={**clean, "WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    with service() as url:
+        own = {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
+        done = subprocess.run(
+            [sys.executable, "-m", "scpl_ds", "train", str(path)],
+            env={**clean, **own, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "this run is written offline" in done.stderr and "wandb sync" in done.stderr
+    assert told in done.stderr and "wandb sync" in done.stderr
     assert KEY not in done.stderr + done.stdout
     found, wanted = tmp_path / "run" / f"checkpoint-{STEPS}", plain_run / f"checkpoint-{STEPS}"
     assert_same(tensors_of(found), tensors_of(wanted))
-    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
-    steps = [r["train/global_step"] for r in read_wandb_file(file).history if "stage0/loss" in r]
-    assert steps == list(range(1, STEPS + 1))
+    (file,) = (tmp_path / "run").glob(f"wandb/{folder}/run-*.wandb")
+    kept = read_wandb_file(file)
+    steps = [row["train/global_step"] for row in kept.history if "stage0/loss" in row]
+    assert steps == list(range(1, STEPS + 1)), "all of it can be sent later"
+    names = [path.name for path in (tmp_path / "run" / "wandb" / "artifacts").iterdir()]
+    taken = sorted((name.split("-")[0], int(name.rpartition("-")[2])) for name in names)
+    assert taken == [*(("checkpoint", step) for step in (3, 6, 8)), ("model", STEPS)]
