@@ -75,6 +75,9 @@ def repository(name: str) -> str:
 
 
 def own_keys_first(schema: dict[str, Any]) -> None:
-    """Put those of the hub behind the others of ``train``."""
+    """Put those of the hub behind the others of ``train``, and let a name stand for short."""
+    known = schema["properties"]
     for key in HubKeys.model_fields:
-        schema["properties"][key] = schema["properties"].pop(key)
+        known[key] = known.pop(key)
+    del known["push_to_hub"]["type"]
+    known["push_to_hub"]["anyOf"] = [{"type": "boolean"}, {"type": "string"}]

@@ -61,6 +61,7 @@ OWNERS: dict[str, frozenset[str]] = {
     ),
     "wandb": frozenset({"trackers/wandb.py", "trackers/_wandb_artifacts.py"}),
     "mlflow": frozenset({"trackers/mlflow.py"}),
+    "huggingface_hub": frozenset({"export", "doctor", "data", "recipe"}),
     "peft": frozenset({"partition/lora.py"}),
     "bitsandbytes": frozenset({"partition/lora_base.py"}),
 }
