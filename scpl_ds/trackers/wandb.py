@@ -59,7 +59,8 @@ class WandbOptions(TrackerOptions):
     init_timeout_s: PositiveFloat = Field(default=30.0, allow_inf_nan=False)
     """Seconds to wait for the server at the start; then the run goes on offline."""
     finish_timeout_s: PositiveFloat = Field(default=60.0, allow_inf_nan=False)
-    """Seconds to wait for the upload at the end; what is left can be sent with ``wandb sync``."""
+    """Seconds to wait at the end for tables and artifacts, and again for the rest; that can be sent
+    later with ``wandb sync``."""
     log_model: Literal["end", "checkpoint", False] | None = None
     """``end``: the export as an artifact; ``checkpoint``: every checkpoint too; unset:
     ``WANDB_LOG_MODEL``, else neither."""
@@ -75,7 +76,8 @@ class WandbTracker(Tracker):
       the same numbers again).
     - ``online`` without an API key or without a reachable server becomes ``offline``, saying so
       once; nothing ever asks for input.
-    - Neither source code, git remotes nor the command line are sent, only ``config`` and metrics.
+    - Neither source code, git remotes nor the command line are sent, only ``config``, metrics,
+      tables and pictures, and with ``log_model`` the folders it names.
 
     Raises:
         ModuleNotFoundError: From ``start``, when wandb is not installed.
@@ -185,10 +187,10 @@ class WandbTracker(Tracker):
         if self._run is None:
             return
         run, self._run = self._run, None
-        run.summary.update(dict(summary))
         self._uploads.finish(self.options.finish_timeout_s, failed=exit_code != 0)
         began = time.monotonic()
         try:
+            run.summary.update(dict(summary))
             run.finish(exit_code=exit_code)
         except Exception as error:  # wandb's own process may have crashed
             why = f"{type(error).__name__} {error}".strip()
