@@ -145,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--max-shard-size", type=cli_types.size, metavar="SIZE", help="default: 5GB"
     )
+    export.add_argument(
+        "--push-to-hub", type=cli_types.repository, metavar="OWNER/NAME",
+        help="then upload it to this repository of the hub, made if need be; token: HF_TOKEN",
+    )  # fmt: skip
+    export.add_argument("--private", action="store_true", help="make that repository private")
+    export.add_argument("--revision", help="branch to upload to; default: main")
     bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
     commands_of_bench.add_to(bench, _bench)
     doctor = add("doctor", _doctor, "Check this machine, and under a launcher its ranks.")
@@ -248,6 +254,8 @@ def _export(args: argparse.Namespace) -> int:
     from scpl_ds import checkpoint
     from scpl_ds.checkpoint_damage import task_of
 
+    if args.push_to_hub is None and (args.private or args.revision):
+        raise RecipeError("--private and --revision say where --push-to-hub uploads; add it.")
     where, task = Path(args.run_dir).expanduser(), args.task
     if task is None and (where / checkpoint.MANIFEST).is_file():
         task = task_of(checkpoint.Reader(where).manifest)  # wherever it was copied to
@@ -256,10 +264,17 @@ def _export(args: argparse.Namespace) -> int:
     folder = checkpoint.resolve(where)
     _choose_accelerator()
     from scpl_ds.export import SHARD_BYTES, export_checkpoint
+    from scpl_ds.export_hub import Destination, push
+    from scpl_ds.run_folder import result_of
 
     size, out = args.max_shard_size or SHARD_BYTES, args.out.expanduser()
-    export_checkpoint(folder, out, task=task, merge=args.merge, max_shard_size=size)
+    scores = result_of(folder)
+    export_checkpoint(folder, out, task=task, merge=args.merge, max_shard_size=size, result=scores)
     sys.stdout.write(f"{out}\n")
+    if args.push_to_hub is not None:
+        where = Destination(args.push_to_hub, args.private or None, args.revision)
+        url = push(out, where, message=f"scpl_ds: {folder.name}")
+        sys.stdout.write(f"{url}\n")
     return 0
 
 

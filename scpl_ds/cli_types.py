@@ -47,3 +47,13 @@ def ranks(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
     return int(text)
+
+
+def repository(text: str) -> str:
+    """A name that the hub takes."""
+    from scpl_ds import recipe_hub
+
+    try:
+        return recipe_hub.repository(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -48,5 +48,9 @@ class SaveError(CheckpointError):
     are whole."""
 
 
-FAILED_RUN = (BoundaryError, DivergenceError, SaveError)
+class HubError(ScplError, RuntimeError):
+    """An export that could not be uploaded to the hub; the export itself is whole."""
+
+
+FAILED_RUN = (BoundaryError, DivergenceError, SaveError, HubError)
 """Of a run that had begun: exit code 1. The others are found before anything is trained: 2."""

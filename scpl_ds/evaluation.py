@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,33 +94,37 @@ class Score:
         return whole | exits
 
 
-def evaluate(engine: Engine, loader: BatchLoader, *, logits: list[Tensor] | None = None) -> Score:
+def evaluate(
+    engine: Engine, loader: BatchLoader, *, see: Callable[[Evaluated], None] | None = None
+) -> Score:
     """Score the evaluation data over all stages; every rank calls it and gets the whole score.
 
     Args:
         engine: The stages.
         loader: Evaluation data; read on first-stage ranks, elsewhere it only counts.
-        logits: Filled with each micro-batch's logits [B, C] on the last stage's ranks.
+        see: Gets each micro-batch that is scored, in order, on the last stage's ranks.
     """
     own = Score()
     batches = iter(loader) if engine.is_first_stage() else None
     for n, output in enumerate(engine.evaluate(batches, loader.num_micro_batches_per_epoch)):
         if n < loader.num_scored:
-            _count(own, output, logits)
+            _count(own, output, see)
     whole = Score()
     for part in gather_objects(engine.mesh, own):
         whole.join(part)
     return whole
 
 
-def diagnose(engine: Engine, loader: BatchLoader) -> tuple[Score, dict[str, float]]:
+def diagnose(
+    engine: Engine, loader: BatchLoader, *, see: Callable[[Evaluated], None] | None = None
+) -> tuple[Score, dict[str, float]]:
     """:func:`evaluate`, and what the features of every stage are worth
     (``stage{k}/nearest_class_accuracy`` and so on, ``objectives._probe.Probe``), mean over
     data-parallel ranks."""
     probes = {stage.index: Probe() for stage in engine.stages}
     for stage in engine.stages:
         stage.probe = probes[stage.index]
-    score = evaluate(engine, loader)
+    score = evaluate(engine, loader, see=see)
     own = {
         f"stage{k}/{name}": value
         for k, probe in probes.items()
@@ -135,12 +139,12 @@ def diagnose(engine: Engine, loader: BatchLoader) -> tuple[Score, dict[str, floa
     return score, {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _count(score: Score, output: Evaluated, logits: list[Tensor] | None) -> None:
+def _count(score: Score, output: Evaluated, see: Callable[[Evaluated], None] | None) -> None:
     if output.logits is None or output.labels is None:
         return
     score.add(output.logits, output.labels, output.exits)
-    if logits is not None:
-        logits.append(output.logits.cpu())
+    if see is not None:
+        see(output)
 
 
 def evaluate_run(
@@ -190,7 +194,12 @@ def evaluate_run(
     engine = make_engine(recipe, model, mesh, device, total_steps=1)
     together(mesh, lambda: _load(engine, folder))
     own: list[Tensor] = []
-    score = evaluate(engine, loader, logits=None if logits_file is None else own)
+
+    def keep(output: Evaluated) -> None:
+        if output.logits is not None:
+            own.append(output.logits.cpu())
+
+    score = evaluate(engine, loader, see=None if logits_file is None else keep)
     if logits_file is not None:
         parts = gather_objects(mesh, own)
         if mesh.rank == 0:

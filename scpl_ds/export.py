@@ -18,6 +18,7 @@ from scpl_ds.checkpoint import HEAD_PREFIX, Reader, replace_folder, stage_of, wr
 from scpl_ds.checkpoint_damage import scpl_of
 from scpl_ds.checkpoint_disk import writing
 from scpl_ds.errors import CheckpointError, RecipeError
+from scpl_ds.export_card import write_card
 from scpl_ds.export_shards import INDEX, SHARD_BYTES, Shards, pieces
 from scpl_ds.partition._hf import auto_class, model_class, one_line
 from scpl_ds.partition.loading import export_state_dict, tied_weights
@@ -81,7 +82,13 @@ def _is_export(folder: Path) -> bool:
 
 
 def export_checkpoint(
-    folder: Path, out: Path, *, task: str, merge: bool = False, max_shard_size: int = SHARD_BYTES
+    folder: Path,
+    out: Path,
+    *,
+    task: str,
+    merge: bool = False,
+    max_shard_size: int = SHARD_BYTES,
+    result: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``out`` so that plain ``AutoModel...from_pretrained(out)`` gives the trained model.
 
@@ -92,6 +99,8 @@ def export_checkpoint(
 
     Of a run with ``model.lora`` it is an adapter, for ``PeftModel.from_pretrained(base, out)``, or
     with ``merge`` the whole model with the adapter added to its weights, which needs its memory.
+
+    ``result`` is what ``export_card.write_card`` says scores from.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or holds no config.
@@ -133,6 +142,7 @@ def export_checkpoint(
             if merge:
                 _merge(partial, task, max_shard_size)
             _write_heads(reader, partial)
+            write_card(partial, reader.manifest, task, None if merge else result)
             replace_folder(out, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

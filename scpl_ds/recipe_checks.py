@@ -32,6 +32,15 @@ def across(sections: Mapping[str, Any]) -> list[Problem]:
     if train.sample_prompts and train.eval_strategy == "no":
         message = "are written at evaluations, and train.eval_strategy is no; remove one of the two"
         problems.append(Problem("train.sample_prompts", message))
+    if train.sample_predictions and model is not None and model.task == "causal-lm":
+        message = "is for classes; a causal-lm shows train.sample_prompts"
+        problems.append(Problem("train.sample_predictions", message))
+    if train.sample_predictions and train.eval_strategy == "no":
+        message = "are of evaluations, and train.eval_strategy is no; remove one of the two"
+        problems.append(Problem("train.sample_predictions", message))
+    if train.push_to_hub and not train.export:
+        message = "uploads the export, and train.export is false; remove one of the two"
+        problems.append(Problem("train.push_to_hub", message))
     scpl: ScplSection | None = sections.get("scpl")
     if train.save_deepspeed_files and scpl is not None and scpl.sharding != "deepspeed":
         message = f"needs scpl.sharding: deepspeed, found {scpl.sharding}; remove the key"

@@ -26,6 +26,7 @@ from scpl_ds.recipe_fields import (
     compile_mode,
     not_bool,
 )
+from scpl_ds.recipe_hub import HubKeys, own_keys_first
 
 
 class DataChoice(Named):
@@ -163,8 +164,10 @@ def _bool_or_text(value: Any) -> Any:
     return value if isinstance(value, bool) else os.path.expanduser(value)
 
 
-class TrainSection(Section):
+class TrainSection(HubKeys):
     """The loop, in the names of Hugging Face's ``TrainingArguments``."""
+
+    model_config = pydantic.ConfigDict(json_schema_extra=own_keys_first)
 
     output_dir: HomePath | None = None
     """Run folder; default ``runs/<name of the recipe file>``."""
@@ -271,6 +274,9 @@ class TrainSection(Section):
     each is a forward pass of all prompts."""
     sample_max_new_tokens: Count = 32
     """Longest continuation of ``sample_prompts``, in tokens."""
+    sample_predictions: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0
+    """Classifiers: at every evaluation the trackers get so many evaluated texts, the same each
+    time, with label, answer and its probability. They then hold these texts."""
     export: bool = True
     """Write the trained model as an ordinary Hugging Face folder at the end."""
     export_dir: HomePath | None = None

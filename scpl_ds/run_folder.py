@@ -177,6 +177,17 @@ def open_run(path: str | Path, overrides: list[str] | None = None) -> tuple[RunF
     return run, load_recipe(run.recipe, [where, *(overrides or [])])
 
 
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What ``result.json`` of a run says, if its scores are of the export of this checkpoint."""
+    try:
+        result = json.loads((folder.parent / "result.json").read_text(encoding="utf-8"))
+        best = result.get("best_model_checkpoint")
+        named = f"checkpoint-{result['steps']}" if best is None else Path(best).name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return result if named == folder.name and result.get("export_dir") else None
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what determines the numbers, and ``scpl_ds_commit`` where scpl_ds runs
     from its repository: with ``-dirty`` when files there differ from that commit."""

@@ -27,12 +27,10 @@ from scpl_ds.generation import Samples
 from scpl_ds.memory import Workload
 from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
-from scpl_ds.partition.config import generation_config
-from scpl_ds.partition.lora import save_config
 from scpl_ds.progress import Progress
 from scpl_ds.recipe import Recipe
 from scpl_ds.reporting import Reporter
-from scpl_ds.run_folder import RunFolder, versions
+from scpl_ds.run_folder import RunFolder
 from scpl_ds.setup import (
     Model,
     cut_model,
@@ -42,9 +40,17 @@ from scpl_ds.setup import (
     together,
 )
 from scpl_ds.trainer_best import Best
-from scpl_ds.trainer_end import export_run, named, score_export
+from scpl_ds.trainer_end import export_run, named, publish, score_export
 from scpl_ds.trainer_guard import Guard, Health, guarded
-from scpl_ds.trainer_words import log_banner, make_trackers, plan_text, warn_of_no_evaluation
+from scpl_ds.trainer_saves import after_save, state_of, write_model_files
+from scpl_ds.trainer_words import (
+    log_banner,
+    make_trackers,
+    predictions_of,
+    samples_of,
+    warn_of_no_evaluation,
+    warn_of_no_upload,
+)
 
 log = logging.getLogger(__name__)
 _SETTLE_S = 8.0
@@ -125,7 +131,10 @@ class Run:
         self.saved = -1
         """Step of the last checkpoint that this run wrote."""
         self.last_eval: dict[str, float] = {}
-        self.samples: Samples | None = together(mesh, self._make_samples)
+        self.evaluated = -1
+        """Step that ``last_eval`` is of."""
+        self.predictions = predictions_of(self)
+        self.samples: Samples | None = together(mesh, lambda: samples_of(self))
 
     # -- before the first step -------------------------------------------------------------
 
@@ -148,16 +157,9 @@ class Run:
                     checkpoint.name_latest(
                         resume
                     )  # what a restart before the next save goes on from
-                self._write_model_files(trained)
+                write_model_files(self, trained)
             warn_of_no_evaluation(self)
-
-    def _make_samples(self) -> Samples | None:
-        prompts, most = self.recipe.train.sample_prompts, self.recipe.train.sample_max_new_tokens
-        if not prompts:
-            return None
-        model, revision = self.model, self.recipe.model.revision
-        own = generation_config(model.path, revision=revision) if self.is_main else None
-        return Samples(self.data.tokenizer, prompts, most, model.config, own)
+            warn_of_no_upload(self)
 
     def _find_checkpoint(self) -> Path | None:
         return self.folder.resume_point(self.recipe)
@@ -178,22 +180,6 @@ class Run:
                 folder, str(state.get("fingerprint", "unknown"))[:12], self.engine.global_steps,
             )  # fmt: skip
         self.progress = dataclasses.replace(self.progress, done=self.engine.global_steps)
-
-    def _write_model_files(self, trained: list[str]) -> None:
-        model, asked = self.model, self.recipe.model
-        self.folder.model_files.mkdir(exist_ok=True)
-        model.config.save_pretrained(self.folder.model_files)
-        if asked.task == "causal-lm":
-            own = generation_config(model.path, revision=asked.revision)
-            if own is not None:
-                own.to_json_file(self.folder.model_files / "generation_config.json")
-        self.data.tokenizer.save_pretrained(self.folder.model_files)
-        if model.adapters is not None:
-            save_config(
-                model.adapters, self.folder.model_files, model.anatomy, trained,
-                base=model.path, revision=asked.revision,
-            )  # fmt: skip
-        self.folder.plan.write_text(plan_text(self) + "\n")
 
     def _profile_steps(self) -> range | None:
         """Counted from where this run begins: a resumed one is profiled too."""
@@ -266,6 +252,7 @@ class Run:
             with self.report.paused():
                 self._save(step)
         together(self.mesh, self.engine.finish_saving)
+        self.report.show()  # what other ranks had still on its way, up to this step
         reason, total = self.guard.stop.reason, self.progress.total_steps
         folder = self.folder.path / f"checkpoint-{step}"
         if self.is_main:
@@ -306,31 +293,26 @@ class Run:
         if self.eval_loader is not None:
             log.info("step %d: evaluating %d samples", step, self.data.facts.num_eval)
             more: dict[str, float] = {}
+            see = None if self.predictions is None else self.predictions.see
             if self.recipe.train.diagnostics:
-                score, more = diagnose(self.engine, self.eval_loader)
+                score, more = diagnose(self.engine, self.eval_loader, see=see)
             else:
-                score = evaluate(self.engine, self.eval_loader)
-            self.last_eval = score.metrics()
+                score = evaluate(self.engine, self.eval_loader, see=see)
+            self.last_eval, self.evaluated = score.metrics(), step
             together(self.mesh, lambda: self.best.scored(step, self.last_eval))
             self.report.show()
             self.trackers.log({**self.last_eval, **more}, step)
+            if self.predictions is not None:
+                self.trackers.table("predictions", self.predictions.take(self.mesh), step)
         if self.samples is not None:
-            self.trackers.texts("samples", self.samples.take(self.engine), step)
+            self.trackers.table("samples", self.samples.take(self.engine), step)
 
     def _save(self, step: int) -> None:
         train, run = self.recipe.train, self.folder.path
         self.health.before_save(step)
         together(self.mesh, self.guard.lock.require)
-        spare = self.health.losses.spared(run / f"checkpoint-{step}")
-        on_saved = self.best.saving(step, run, train.save_total_limit, spare=spare)
-        state = {
-            "data": saved_position(self.train_loader, self.mesh),
-            "fingerprint": self.recipe.fingerprint(),
-            "recipe": self.recipe.to_mapping(),
-            "versions": versions(),
-            "tracker_runs": self.trackers.run_ids(),
-            "best": self.best.state(),
-        }
+        on_saved = after_save(self, step)  # first: it finds out whether this is the best
+        state = state_of(self)
         together(
             self.mesh,
             lambda: self.engine.save_checkpoint(
@@ -361,6 +343,7 @@ class Run:
         if self.is_main:
             result = {
                 **named(final, "eval"),
+                "eval_samples": self.data.facts.num_eval,
                 "majority_accuracy": self.data.facts.majority_accuracy,
                 **named(self.last_eval, "stage_eval"),
                 **self.best.result(),
@@ -372,7 +355,7 @@ class Run:
                 "run_dir": str(self.folder.path),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            self.folder.write_result(result)
+        together(self.mesh, lambda: self._publish(exported, result))
         return broadcast_object(self.mesh, result)
 
     def _free_engine(self) -> None:
@@ -388,7 +371,17 @@ class Run:
         """On rank 0; the others wait."""
         if not (self.is_main and self.recipe.train.export):
             return None
-        return export_run(self.recipe, self.folder.path, self.best.checkpoint)
+        return export_run(self.recipe, self._chosen())
+
+    def _chosen(self) -> Path:
+        """The checkpoint that is exported."""
+        return self.best.checkpoint or checkpoint.resolve(self.folder.path)
+
+    def _publish(self, exported: Path | None, result: dict[str, Any]) -> None:
+        if self.is_main and exported is not None:
+            publish(self.recipe, self.folder, self._chosen(), self.trackers, result)
+        elif self.is_main:
+            self.folder.write_result(result)
 
     def _final_score(self, exported: Path | None) -> dict[str, float]:
         """Of the export, by rank 0; the stages' where there is none."""

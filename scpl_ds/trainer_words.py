@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from scpl_ds.evaluation_samples import Predictions
+from scpl_ds.export_hub import why_not
+from scpl_ds.generation import Samples
+from scpl_ds.partition.config import generation_config
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.run_folder import versions
 from scpl_ds.setup import draw_schedule
 from scpl_ds.trackers._base import TrackerSet
+from scpl_ds.trainer_end import destination
 
 if TYPE_CHECKING:
     from scpl_ds.trainer import Run
@@ -25,6 +30,31 @@ def warn_of_no_evaluation(run: Run) -> None:
             "train.eval_strategy: no.",
             strategy, run.recipe.data.name,
         )  # fmt: skip
+
+
+def samples_of(run: Run) -> Samples | None:
+    """What shows the texts of a language model."""
+    prompts, most = run.recipe.train.sample_prompts, run.recipe.train.sample_max_new_tokens
+    if not prompts:
+        return None
+    model, revision = run.model, run.recipe.model.revision
+    own = generation_config(model.path, revision=revision) if run.is_main else None
+    return Samples(run.data.tokenizer, prompts, most, model.config, own)
+
+
+def predictions_of(run: Run) -> Predictions | None:
+    """What shows the answers of a classifier."""
+    count = run.recipe.train.sample_predictions
+    if not count or run.eval_loader is None:
+        return None
+    return Predictions(run.data, run.eval_loader, count)
+
+
+def warn_of_no_upload(run: Run) -> None:
+    """Said now, not after the training."""
+    where = destination(run.recipe)
+    if where is not None and (reason := why_not(where)) is not None:
+        log.warning("train.push_to_hub: %s. The run goes on, and its export stays here.", reason)
 
 
 def plan_text(run: Run) -> str:
@@ -67,11 +97,7 @@ def make_trackers(run: Run, *, resuming: bool) -> TrackerSet:
     )
     config = {
         "recipe": run.recipe.to_mapping(),
-        "partition": run.model.plan.rows(
-            run.model.anatomy,
-            pipeline_ranks=run.mesh.pp_size,
-            data_parallel=run.mesh.dp_size,
-        ),
+        "partition": partition_of(run),
         "ranks": run.mesh.world_size,
         "device": str(run.device),
         "versions": versions(),
@@ -82,4 +108,11 @@ def make_trackers(run: Run, *, resuming: bool) -> TrackerSet:
         total_steps=run.progress.total_steps,
         resumed_step=run.progress.done if resuming else None,
     )
+    trackers.table("partition", partition_of(run), run.progress.done if resuming else 0)
     return trackers
+
+
+def partition_of(run: Run) -> list[dict[str, Any]]:
+    """A row for each stage."""
+    m = run.mesh
+    return run.model.plan.rows(run.model.anatomy, pipeline_ranks=m.pp_size, data_parallel=m.dp_size)

@@ -175,6 +175,11 @@ class BatchLoader:
         return len(self._eval_chunks(padded=False))
 
     @property
+    def first_scored(self) -> int:
+        """Index of this rank's first sample of an evaluation; the others follow it in order."""
+        return self.num_samples * self.dp_rank // self.dp_size
+
+    @property
     def position(self) -> dict[str, Any]:
         """Where training stands: plain values for a checkpoint, the same on every rank."""
         return {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +25,25 @@ _SECRET_KEY = re.compile(
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})|(?<=://)[^/@\s]+:[^/@\s]+@"
 )
+
+
+Rows = Sequence[Mapping[str, str | int | float]]
+"""Of a table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A folder that a run has made."""
+
+    path: Path
+    kind: Literal["model", "checkpoint"]
+    """The export, or what a run goes on from."""
+    step: int
+    """Optimizer steps that it has seen."""
+    metadata: Mapping[str, Any]
+    """Plain JSON values: scores, cut."""
+    best: bool = False
+    """Better than all before it, by ``train.metric_for_best_model``."""
 
 
 class TrackerOptions(BaseModel):
@@ -78,11 +99,13 @@ class Tracker(abc.ABC):
     def picture(self, name: str, svg: Path) -> None:  # noqa: B027 - most show numbers only
         """Show an SVG file under ``name``; called between the last ``log`` and ``finish``."""
 
-    def texts(  # noqa: B027
-        self, name: str, rows: Sequence[Mapping[str, str]], step: int
-    ) -> None:
-        """Show texts under ``name``, columns by their names, the same in every row; ``step`` as in
+    def table(self, name: str, rows: Rows, step: int) -> None:  # noqa: B027
+        """Show rows under ``name``, columns by their names, the same in every row; ``step`` as in
         ``log``."""
+
+    def artifact(self, made: Artifact) -> None:  # noqa: B027
+        """Keep a folder of the run. Its files are whole, but may be gone once this returns; it may
+        be called from another thread than the rest, and must not wait for an upload."""
 
     def run_id(self) -> str | None:
         """What the place knows the run by, once started; a checkpoint keeps it."""
@@ -158,8 +181,12 @@ class TrackerSet:
     def picture(self, name: str, svg: Path) -> None:
         self._each("picture", lambda t: t.picture(name, svg))
 
-    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
-        self._each("texts", lambda t: t.texts(name, rows, step))
+    def table(self, name: str, rows: Rows, step: int) -> None:
+        self._each("table", lambda t: t.table(name, rows, step))
+
+    def artifact(self, made: Artifact) -> None:
+        clean = dataclasses.replace(made, metadata=redact(made.metadata))
+        self._each("artifact", lambda t: t.artifact(clean))
 
     def run_ids(self) -> dict[str, str]:
         """Of those that have one, by the name of their class."""
@@ -183,7 +210,8 @@ class TrackerSet:
             try:
                 call(tracker)
             except Exception as error:
-                self._trackers.remove(tracker)
+                with contextlib.suppress(ValueError):  # another thread was as quick
+                    self._trackers.remove(tracker)
                 _report(type(tracker).__name__, what, error)
 
 

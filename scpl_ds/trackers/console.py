@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from scpl_ds.trackers._base import Tracker, TrackerOptions
+from scpl_ds.trackers._base import Rows, Tracker, TrackerOptions
 
 _STAGE = re.compile(r"stage(\d+)/(\w+)")
 _FEW_ANCHORS = 0.5
@@ -91,9 +91,11 @@ class ConsoleTracker(Tracker):
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=self._step)
 
-    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+    def table(self, name: str, rows: Rows, step: int) -> None:
+        if name == "partition":
+            return  # drawn in the log already
         for row in rows:
-            written = "  ".join(f"{column} {text!r}" for column, text in row.items())
+            written = "  ".join(f"{column} {_shown(value)}" for column, value in row.items())
             self._print(f"step {step:>4}  {name}  {written}")
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
@@ -152,6 +154,10 @@ def _per_stage(metrics: Mapping[str, float], what: str) -> list[tuple[int, float
     """``(stage, value)`` of ``stage{k}/what``, by stage."""
     found = [(_STAGE.fullmatch(name), float(value)) for name, value in metrics.items()]
     return sorted((int(m[1]), value) for m, value in found if m and m[2] == what)
+
+
+def _shown(value: str | int | float) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else repr(value)
 
 
 def _short(value: float) -> str:

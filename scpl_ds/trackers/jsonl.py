@@ -6,16 +6,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from pydantic import BaseModel
 
-from scpl_ds.trackers._base import Tracker, TrackerOptions
+from scpl_ds.trackers._base import Rows, Tracker, TrackerOptions
 
 FILE_NAME = "metrics.jsonl"
-TEXTS_FILE = "texts.jsonl"
+TABLES_FILE = "tables.jsonl"
 
 
 class JsonlOptions(TrackerOptions):
@@ -48,7 +48,7 @@ class JsonlTracker(Tracker):
         del config, total_steps
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if not self.resume:
-            for name in (FILE_NAME, TEXTS_FILE):
+            for name in (FILE_NAME, TABLES_FILE):
                 (self.run_dir / name).unlink(missing_ok=True)
         elif resumed_step is not None:
             self._drop_after(resumed_step)
@@ -68,8 +68,8 @@ class JsonlTracker(Tracker):
         row |= {name: _finite(float(value)) for name, value in metrics.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
-        with (self.run_dir / TEXTS_FILE).open("a", encoding="utf-8") as file:
+    def table(self, name: str, rows: Rows, step: int) -> None:
+        with (self.run_dir / TABLES_FILE).open("a", encoding="utf-8") as file:
             for row in rows:
                 line = {"step": step, "name": name, **row}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -85,7 +85,7 @@ class JsonlTracker(Tracker):
 
     def _drop_after(self, step: int) -> None:
         """Keep the lines of steps up to ``step``; an old file is replaced in one move."""
-        for name in (FILE_NAME, TEXTS_FILE):
+        for name in (FILE_NAME, TABLES_FILE):
             if (path := self.run_dir / name).exists():
                 _keep_until(path, step)
 

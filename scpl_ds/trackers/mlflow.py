@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from scpl_ds.trackers._base import Tracker, TrackerOptions
+from scpl_ds.trackers._base import Artifact, Rows, Tracker, TrackerOptions
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,12 @@ class MlflowOptions(TrackerOptions):
     """Display name; unset: ``MLFLOW_RUN_NAME``, else ``train.run_name``, else the run folder's."""
     tags: dict[str, str] = Field(default_factory=dict)
     """Tags of the run."""
+    log_model: bool = False
+    """Copy the export into the run's artifacts at the end, as ``model``."""
 
 
 class MlflowTracker(Tracker):
-    """Metrics per step, the recipe as parameters (``train.max_steps``), texts and pictures as
+    """Metrics per step, the recipe as parameters (``train.max_steps``), tables and pictures as
     artifacts.
 
     The id is kept in ``mlflow_run_id`` in the run folder; a resumed run goes on under it. MLflow
@@ -104,8 +106,12 @@ class MlflowTracker(Tracker):
     def picture(self, name: str, svg: Path) -> None:
         self._client.log_text(self._run_id, svg.read_text(encoding="utf-8"), f"{name}.svg")
 
-    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+    def table(self, name: str, rows: Rows, step: int) -> None:
         self._client.log_dict(self._run_id, [dict(row) for row in rows], f"{name}/{step:08d}.json")
+
+    def artifact(self, made: Artifact) -> None:
+        if self.options.log_model and made.kind == "model":  # after training: this one may wait
+            self._client.log_artifacts(self._run_id, str(made.path), "model")
 
     def run_id(self) -> str | None:
         return self._run_id or None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, PositiveFloat
 
-from scpl_ds.trackers._base import Tracker, TrackerOptions
+from scpl_ds.trackers._base import Rows, Tracker, TrackerOptions
 
 FOLDER = "tensorboard"
 
@@ -25,7 +25,7 @@ class TensorBoardOptions(TrackerOptions):
 
 
 class TensorBoardTracker(Tracker):
-    """Scalars, texts and the recipe as TensorBoard reads them: ``tensorboard --logdir runs``.
+    """Scalars, tables and the recipe as TensorBoard reads them: ``tensorboard --logdir runs``.
 
     A resumed run adds a file, and tells TensorBoard to hide what the earlier ones have after the
     checkpoint it goes on from.
@@ -71,8 +71,8 @@ class TensorBoardTracker(Tracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
-        self._text(name, _block(list(rows)), step)
+    def table(self, name: str, rows: Rows, step: int) -> None:
+        self._text(name, _markdown(rows), step)
 
     def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
         if self._writer is not None:
@@ -82,6 +82,13 @@ class TensorBoardTracker(Tracker):
 
     def _text(self, name: str, text: str, step: int) -> None:
         self._writer.add_text(name, text, step)
+
+
+def _markdown(rows: Rows) -> str:
+    """As a table, which TensorBoard shows; a text's own marks and lines would break it."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _block(value: Any) -> str:

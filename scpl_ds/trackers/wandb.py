@@ -8,13 +8,14 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PositiveFloat
 
-from scpl_ds.trackers._base import Tracker, TrackerOptions
+from scpl_ds.trackers._base import Artifact, Rows, Tracker, TrackerOptions
+from scpl_ds.trackers._wandb_artifacts import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,14 @@ ID_FILE = "wandb_run_id"
 LAST_STEP_FILE = "wandb_last_step"
 STEP_METRIC = "train/global_step"
 DEFAULT_PROJECT = "scpl-ds"
+_BEST = {
+    "val/accuracy": "max",
+    "val/token_accuracy": "max",
+    "val/loss": "min",
+    "val/perplexity": "min",
+}
+"""Of what the summary holds the best value too."""
+_KEPT = {"end": ("model",), "checkpoint": ("model", "checkpoint")}
 FLUSH_S = 30.0
 """After so many seconds wandb has written a row down. wandb 0.31 needs about 15, and a process
 killed within them takes its rows along."""
@@ -50,7 +59,11 @@ class WandbOptions(TrackerOptions):
     init_timeout_s: PositiveFloat = Field(default=30.0, allow_inf_nan=False)
     """Seconds to wait for the server at the start; then the run goes on offline."""
     finish_timeout_s: PositiveFloat = Field(default=60.0, allow_inf_nan=False)
-    """Seconds to wait for the upload at the end; what is left can be sent with ``wandb sync``."""
+    """Seconds to wait at the end for tables and artifacts, and again for the rest; that can be sent
+    later with ``wandb sync``."""
+    log_model: Literal["end", "checkpoint", False] | None = None
+    """``end``: the export as an artifact; ``checkpoint``: every checkpoint too; unset:
+    ``WANDB_LOG_MODEL``, else neither."""
     system_metrics: bool = True
     """Let wandb sample GPU, CPU and memory use while online. Never sampled offline."""
 
@@ -63,7 +76,8 @@ class WandbTracker(Tracker):
       the same numbers again).
     - ``online`` without an API key or without a reachable server becomes ``offline``, saying so
       once; nothing ever asks for input.
-    - Neither source code, git remotes nor the command line are sent, only ``config`` and metrics.
+    - Neither source code, git remotes nor the command line are sent, only ``config``, metrics,
+      tables and pictures, and with ``log_model`` the folders it names.
 
     Raises:
         ModuleNotFoundError: From ``start``, when wandb is not installed.
@@ -74,7 +88,13 @@ class WandbTracker(Tracker):
     def __init__(self, options: WandbOptions, *, run_dir: Path, resume: bool) -> None:
         super().__init__(options, run_dir=run_dir, resume=resume)
         self.options = options
+        log_model = options.log_model
+        if log_model is None:
+            log_model = os.environ.get("WANDB_LOG_MODEL", "false").lower()
+        self._kept = _KEPT.get(log_model or "false", ())
         self._run: Any = None
+        self._uploads: Uploads
+        self._online, self._folder = False, self.run_dir
         self._last_step = -1
         self._unsafe: deque[tuple[float, int]] = (
             deque()
@@ -114,8 +134,9 @@ class WandbTracker(Tracker):
         run_id = self._run.id  # another one where the caller had a run open already
         # Kept only now: an id that no run was opened under must not be resumed.
         (self.run_dir / ID_FILE).write_text(run_id + "\n", encoding="utf-8")
-        self._run.define_metric(STEP_METRIC)
-        self._run.define_metric("*", step_metric=STEP_METRIC)
+        self._define_metrics()
+        self._online, self._folder = mode == "online", Path(self._run.settings.sync_dir)
+        self._uploads = Uploads(self.run_dir / "wandb" / "artifacts", online=self._online)
         if mode == "offline":
             pattern = Path(self._run.settings.sync_dir).parent / f"offline-run-*-{run_id}"
             log.info("wandb run %s is offline; upload it with: wandb sync %s", run_id, pattern)
@@ -142,14 +163,22 @@ class WandbTracker(Tracker):
         page = wandb.Html(svg.read_text(encoding="utf-8"), inject=False)
         self._run.log({name: page, STEP_METRIC: max(0, self._last_step)})
 
-    def texts(self, name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+    def table(self, name: str, rows: Rows, step: int) -> None:
         if self._run is None or step < self._last_step or not rows:
             return
         import wandb
 
         columns: list[Any] = list(rows[0])
         table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
-        self._run.log({name: table, STEP_METRIC: step})
+        run, row = self._run, {name: table, STEP_METRIC: step}
+        if self._online:
+            self._uploads.later(f"table {name}", lambda: run.log(row))
+        else:
+            run.log(row)
+
+    def artifact(self, made: Artifact) -> None:
+        if self._run is not None and made.kind in self._kept:
+            self._uploads.add(self._run, made)
 
     def run_id(self) -> str | None:
         return None if self._run is None else self._run.id
@@ -158,9 +187,33 @@ class WandbTracker(Tracker):
         if self._run is None:
             return
         run, self._run = self._run, None
-        run.summary.update(dict(summary))
-        run.finish(exit_code=exit_code)
+        self._uploads.finish(self.options.finish_timeout_s, failed=exit_code != 0)
+        began = time.monotonic()
+        try:
+            run.summary.update(dict(summary))
+            run.finish(exit_code=exit_code)
+        except Exception as error:  # wandb's own process may have crashed
+            why = f"{type(error).__name__} {error}".strip()
+        else:
+            late = time.monotonic() - began >= self.options.finish_timeout_s
+            why = f"not within finish_timeout_s {self.options.finish_timeout_s:g}" if late else ""
+        if why and self._online:
+            log.warning(
+                "wandb has not confirmed the end of the run (%s). All of it is in %s; send it "
+                "with: wandb sync --include-online %s",
+                why, self._folder, self._folder,
+            )  # fmt: skip
+        elif why:
+            log.warning("wandb could not end the offline run in %s: %s", self._folder, why)
         self._write_last_step(self._last_step)
+
+    def _define_metrics(self) -> None:
+        """W&B puts metrics with the same words before the ``/`` into one section of panels."""
+        self._run.define_metric(STEP_METRIC, hidden=True)
+        self._run.define_metric("*", step_metric=STEP_METRIC)
+        self._run.define_metric("perf/rank*", step_metric=STEP_METRIC, hidden=True)
+        for name, best in _BEST.items():
+            self._run.define_metric(name, step_metric=STEP_METRIC, summary=f"last,{best}")
 
     def _init(self, wandb: Any, mode: str, run_id: str, config: Mapping[str, Any]) -> Any:
         """Open the run; an unreachable server makes it an offline one."""

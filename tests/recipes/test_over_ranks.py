@@ -26,6 +26,7 @@ pytestmark = pytest.mark.forks
 
 STAGES, DATA_PARALLEL, ROWS = 2, 2, 21
 RANKS = STAGES * DATA_PARALLEL
+SHOWN = 5  # of the rows, with what the model says of them
 STEPS = 4  # 64 rows in global batches of 8 x 2
 
 
@@ -33,8 +34,8 @@ STEPS = 4  # 64 rows in global batches of 8 x 2
 def run(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; each rank left what ``fit`` returned there as ``rank<n>.json``."""
     folder = tmp_path_factory.mktemp("ranks") / "run"
-    trackers = [{"name": "jsonl"}]
-    recipe = recipe_from_mapping(recipe_for(base, "deepspeed", folder, trackers=trackers))
+    more = {"trackers": [{"name": "jsonl"}], "train.sample_predictions": SHOWN}
+    recipe = recipe_from_mapping(recipe_for(base, "deepspeed", folder, **more))
 
     def body() -> None:
         result = fit(recipe)
@@ -74,6 +75,23 @@ def test_the_accuracy_is_that_of_the_export_in_one_process(run: Path, exported: 
     result = json.loads((run / "result.json").read_text())
     assert result["eval_accuracy"] == right / ROWS
     assert result["stage_eval_accuracy"] == right / ROWS
+
+
+def test_the_predictions_that_are_shown_are_those_of_the_export(
+    run: Path, base: dict[str, Any], exported: dict[str, Tensor]
+):
+    """Rows and answers come from different ranks: a shift by one would show here."""
+    lines = [json.loads(line) for line in (run / "tables.jsonl").read_text().splitlines()]
+    shown = [line for line in lines if line["name"] == "predictions" and line["step"] == STEPS]
+    assert len(shown) == SHOWN
+    with open(base["data"]["eval_file"]) as file:
+        texts = [" ".join(row["text"].split()[:14]) for row in csv.DictReader(file)]
+    for line in shown:
+        row = texts.index(line["text"].removeprefix("[CLS] ").removesuffix(" [SEP]"))
+        best = exported["logits"][row].softmax(-1).max(-1)
+        assert line["label"] == str(int(exported["labels"][row]))
+        assert line["prediction"] == str(int(best.indices))
+        assert line["probability"] == pytest.approx(float(best.values), abs=1e-5)
 
 
 def test_evaluation_over_the_ranks_counts_every_row_once(run: Path, exported: dict[str, Tensor]):

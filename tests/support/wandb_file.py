@@ -30,6 +30,21 @@ class WandbRun(NamedTuple):
     step_metrics: dict[str, str]
     """Metric name or glob -> the metric that is its x axis."""
     exit_code: int | None
+    group: str = ""
+    hidden: frozenset[str] = frozenset()
+    """Metrics, or globs, that get no panel by themselves."""
+    artifacts: tuple[WandbArtifact, ...] = ()
+
+
+class WandbArtifact(NamedTuple):
+    """What ``wandb sync`` is going to upload."""
+
+    name: str
+    type: str
+    aliases: frozenset[str]
+    metadata: dict[str, Any]
+    files: dict[str, tuple[str, int, str]]
+    """Name -> base64 of its MD5, bytes, and where it is read from."""
 
 
 def read_wandb_file(path: Path) -> WandbRun:
@@ -42,12 +57,14 @@ def read_wandb_file(path: Path) -> WandbRun:
     summary: dict[str, Any] = {}
     axes: dict[str, str] = {}
     exit_code: int | None = None
+    group, hidden, artifacts = "", set[str](), list[WandbArtifact]()
     for payload in _payloads(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(payload)  # type: ignore[attr-defined]
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id, project, name = record.run.run_id, record.run.project, record.run.display_name
             config |= _items(record.run.config.update)
+            group = record.run.run_group
         elif kind == "config":
             config |= _items(record.config.update)
         elif kind == "history":
@@ -57,9 +74,19 @@ def read_wandb_file(path: Path) -> WandbRun:
         elif kind == "metric":
             metric = record.metric
             axes[metric.name or metric.glob_name] = metric.step_metric
+            hidden |= {metric.name or metric.glob_name} if metric.options.hidden else set()
+        elif kind == "artifact":
+            made = record.artifact
+            files = {e.path: (e.digest, e.size, e.local_path) for e in made.manifest.contents}
+            about = json.loads(made.metadata) if made.metadata else {}
+            aliases = frozenset(made.aliases)
+            artifacts.append(WandbArtifact(made.name, made.type, aliases, about, files))
         elif kind == "exit":
             exit_code = record.exit.exit_code
-    return WandbRun(run_id, project, name, config, history, summary, axes, exit_code)
+    return WandbRun(
+        run_id, project, name, config, history, summary, axes, exit_code,
+        group, frozenset(hidden), tuple(artifacts),
+    )  # fmt: skip
 
 
 def _items(items: Any) -> dict[str, Any]:

@@ -59,8 +59,9 @@ OWNERS: dict[str, frozenset[str]] = {
             "baselines",
         }
     ),
-    "wandb": frozenset({"trackers/wandb.py"}),
+    "wandb": frozenset({"trackers/wandb.py", "trackers/_wandb_artifacts.py"}),
     "mlflow": frozenset({"trackers/mlflow.py"}),
+    "huggingface_hub": frozenset({"export", "doctor", "data", "recipe"}),
     "peft": frozenset({"partition/lora.py"}),
     "bitsandbytes": frozenset({"partition/lora_base.py"}),
 }

@@ -32,15 +32,15 @@ def test_the_console_shows_each_text_on_a_line(tmp_path: Path):
         ConsoleOptions(), run_dir=tmp_path, resume=False, console=Console(file=said)
     )
     tracker.start({})
-    tracker.texts("samples", ROWS, 40)
+    tracker.table("samples", ROWS, 40)
     lines = said.getvalue().splitlines()
     assert lines[0] == r"step   40  samples  prompt 'Once [b]'  text ' upon\na time'"
     assert len(lines) == 2
 
 
 def test_jsonl_keeps_texts_in_a_file_of_their_own(tmp_path: Path):
-    jsonl(tmp_path).texts("samples", ROWS, 40)
-    lines = (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    jsonl(tmp_path).table("samples", ROWS, 40)
+    lines = (tmp_path / "tables.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0]) == {"step": 40, "name": "samples", **ROWS[0]}
     assert "é" in lines[1] and len(lines) == 2
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -49,12 +49,12 @@ def test_jsonl_keeps_texts_in_a_file_of_their_own(tmp_path: Path):
 def test_a_resumed_run_drops_texts_after_its_checkpoint_and_a_new_one_all(tmp_path: Path):
     first = jsonl(tmp_path)
     for step in (20, 40, 60):
-        first.texts("samples", ROWS[:1], step)
-    jsonl(tmp_path, resumed_step=40).texts("samples", ROWS[:1], 60)
-    lines = (tmp_path / "texts.jsonl").read_text().splitlines()
+        first.table("samples", ROWS[:1], step)
+    jsonl(tmp_path, resumed_step=40).table("samples", ROWS[:1], 60)
+    lines = (tmp_path / "tables.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [20, 40, 60]
     jsonl(tmp_path)
-    assert not (tmp_path / "texts.jsonl").exists()
+    assert not (tmp_path / "tables.jsonl").exists()
 
 
 def test_wandb_keeps_texts_as_a_table_in_an_offline_run(tmp_path: Path):
@@ -65,7 +65,7 @@ from scpl_ds.trackers.wandb import WandbOptions, WandbTracker
 t = WandbTracker(WandbOptions(mode="offline"), run_dir=Path({str(tmp_path)!r}), resume=False)
 t.start({{}})
 t.log({{"head/loss": 1.0}}, 7)
-t.texts("samples", {ROWS!r}, 7)
+t.table("samples", {ROWS!r}, 7)
 t.finish({{}})
 """
     done = subprocess.run(
@@ -88,7 +88,7 @@ class Fails(Tracker):
     def log(self, metrics, step):
         pass
 
-    def texts(self, name, rows, step):
+    def table(self, name, rows, step):
         raise ConnectionError("the server is gone")
 
 
@@ -97,16 +97,16 @@ def test_a_tracker_that_fails_at_texts_is_left_out(
 ):
     trackers = TrackerSet([Fails(TrackerOptions(), run_dir=tmp_path, resume=False)])
     with caplog.at_level(logging.WARNING):
-        trackers.texts("samples", ROWS, 1)
-        trackers.texts("samples", ROWS, 2)
+        trackers.table("samples", ROWS, 1)
+        trackers.table("samples", ROWS, 2)
     (record,) = caplog.records
-    assert "Fails failed in texts" in record.getMessage()
+    assert "Fails failed in table" in record.getMessage()
 
 
 def test_a_text_with_a_line_separator_of_unicode_survives_a_resume(tmp_path: Path):
     rows = [{"prompt": "a", "text": "one\u2028two\u0085three"}]
-    jsonl(tmp_path).texts("samples", rows, 10)
-    path = tmp_path / "texts.jsonl"
+    jsonl(tmp_path).table("samples", rows, 10)
+    path = tmp_path / "tables.jsonl"
     before = path.read_text(encoding="utf-8")
     resumed = JsonlTracker(JsonlTracker.Options(), run_dir=tmp_path, resume=True)
     resumed.start({}, resumed_step=20)

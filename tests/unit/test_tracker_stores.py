@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from scpl_ds.trackers._base import TrackerSet
+from scpl_ds.trackers._base import Artifact, TrackerSet
 
 CONFIG = {"train": {"max_steps": 4, "seed": 1}, "scpl": {"stages": 2}}
-SAMPLES = [{"prompt": "Once", "text": "upon a time"}]
+SAMPLES = [{"prompt": "Once", "text": "upon\na | time", "probability": 0.5}]
 
 
 def id_of(run_dir: Path) -> str:
@@ -27,7 +27,7 @@ def run(run_dir: Path, section: dict[str, Any], steps: range, *, resumed: int | 
     trackers.start(CONFIG, total_steps=4, resumed_step=resumed)
     for step in steps:
         trackers.log({"stage0/loss": 10.0 + step, "head/loss": float("nan")}, step)
-    trackers.texts("samples", SAMPLES, steps[-1])
+    trackers.table("samples", SAMPLES, steps[-1])
     ids = trackers.run_ids()
     assert ids == ({"MlflowTracker": id_of(run_dir)} if section["name"] == "mlflow" else {})
     (run_dir / "timeline.svg").write_text("<svg/>")
@@ -56,7 +56,9 @@ class TestTensorBoard:
         assert len(events.Scalars("head/loss")) == 4
         texts = {name: events.Tensors(name)[0].tensor_proto for name in events.Tags()["tensors"]}
         assert b'"max_steps": 4' in texts["config/text_summary"].string_val[0]
-        assert b"upon a time" in texts["samples/text_summary"].string_val[0]
+        table = texts["samples/text_summary"].string_val[0].decode().splitlines()
+        assert table[0] == "| prompt | text | probability |"
+        assert table[2:] == [r"| Once | upon a \| time | 0.5 |"], "a row stays a row"
         assert b'"eval_accuracy": 0.5' in texts["summary/text_summary"].string_val[0]
 
     def test_a_resumed_run_takes_the_place_of_what_came_after_its_checkpoint(
@@ -101,6 +103,25 @@ class TestMlflow:
         assert load_dict(f"{root}/result.json") == {"eval_accuracy": 0.5}
         assert json.loads(load_text(f"{root}/samples/00000004.json")) == SAMPLES
         assert load_text(f"{root}/profile/timeline.svg") == "<svg/>"
+
+    @pytest.mark.parametrize("asked", [True, False])
+    def test_the_export_is_copied_where_it_is_asked_for_and_checkpoints_never(
+        self, tmp_path: Path, asked: bool
+    ) -> None:
+        from mlflow import MlflowClient
+
+        (tmp_path / "export").mkdir()
+        (tmp_path / "export" / "model.safetensors").write_bytes(b"weights")
+        section = {"name": "mlflow", "log_model": asked}
+        trackers = TrackerSet.build([section], run_dir=tmp_path, resume=False)
+        trackers.start({})
+        trackers.artifact(Artifact(tmp_path / "export", "checkpoint", 1, {}))
+        trackers.artifact(Artifact(tmp_path / "export", "model", 2, {}))
+        trackers.finish({})
+        client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+        found = [file.path for file in client.list_artifacts(id_of(tmp_path), "model")]
+        assert found == (["model/model.safetensors"] if asked else [])
+        assert not client.list_artifacts(id_of(tmp_path), "checkpoint")
 
     def test_an_option_of_a_resumed_run_that_changed_does_not_stop_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
