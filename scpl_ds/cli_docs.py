@@ -12,8 +12,9 @@ _HEADER = """\
 
 <!-- Generated from the parser: python -m scpl_ds.cli_docs docs/cli.md -->
 
-`scpl-ds COMMAND`, or `python -m scpl_ds COMMAND`. A recipe alone means `train`. Settings are written `key=value` without
-dashes in front, anywhere after the command; the value is YAML. Exit codes: [errors](errors.md).
+`scpl-ds COMMAND`, or `python -m scpl_ds COMMAND`. A recipe alone means `train`. Settings are
+written `key=value` without dashes in front, anywhere after the command; the value is YAML. Exit
+codes: [errors](errors.md).
 """
 
 

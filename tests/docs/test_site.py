@@ -121,5 +121,11 @@ def test_the_python_reference_has_every_public_name(pages: dict[str, Page]):
     assert {*scpl_ds._HOME, "__version__"} == set(scpl_ds.__all__)
     for name, home in scpl_ds._HOME.items():
         assert f"{home}.{name}" in anchors, f"{home}.{name}"
-    for method in ("train_batch", "eval_batch", "save_checkpoint", "load_checkpoint", "reduce_loss"):
+    for method in (
+        "train_batch",
+        "eval_batch",
+        "save_checkpoint",
+        "load_checkpoint",
+        "reduce_loss",
+    ):
         assert f"scpl_ds.engine.Engine.{method}" in anchors

@@ -1,4 +1,4 @@
-"""What is installed is what is here: the wheel and the source distribution, built without a network."""
+"""The wheel and the source distribution, built without a network: what is in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from packaging.version import Version
 import scpl_ds
 
 ROOT = Path(__file__).parents[2]
-NOT_SOURCE = (".git", ".venv", "build", "dist", "runs", "wandb", "*.egg-info", "__pycache__", ".*_cache")
+NOT_SOURCE = (
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "runs",
+    "wandb",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+)
 PACKAGE = {str(p.relative_to(ROOT)) for p in (ROOT / "scpl_ds").rglob("*.py")}
 PACKAGE |= {"scpl_ds/py.typed"}
 BUILD = """
@@ -60,7 +70,9 @@ def test_the_wheel_has_the_package_its_types_and_its_licence_and_nothing_else(wh
     with zipfile.ZipFile(wheel) as archive:
         assert set(archive.namelist()) == PACKAGE | {f"{info}/{name}" for name in about}
         for name in ("scpl_ds/cli.py", f"{info}/licenses/LICENSE"):
-            assert archive.read(name) == (ROOT / name.removeprefix(f"{info}/licenses/")).read_bytes()
+            assert (
+                archive.read(name) == (ROOT / name.removeprefix(f"{info}/licenses/")).read_bytes()
+            )
 
 
 def test_the_wheel_needs_what_pyproject_says(wheel: Path):
@@ -80,7 +92,8 @@ def test_the_command_of_the_wheel_runs_outside_the_repository(wheel: Path, tmp_p
         archive.extractall(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "scpl_ds", "--version"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert done.stdout == f"scpl-ds {scpl_ds.__version__}\n", done.stderr
 
