@@ -93,7 +93,7 @@ def test_the_command_of_the_wheel_runs_outside_the_repository(wheel: Path, tmp_p
     done = subprocess.run(
         [sys.executable, "-m", "scpl_ds", "--version"],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        capture_output=True,
     )  # fmt: skip
     assert done.stdout == f"scpl-ds {scpl_ds.__version__}\n", done.stderr
 
