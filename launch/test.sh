@@ -9,7 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
-use_environment wandb,tensorboard,mlflow,demo,lora,qlora,dev
+use_environment wandb,tensorboard,mlflow,demo,lora,qlora,docs,dev
 python -m scpl_ds.data.demo >/dev/null
 python -m scpl_ds.data.demo_lm >/dev/null
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # several ranks share the cores

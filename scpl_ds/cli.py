@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 when a run failed; 2 when a recipe, model, data set or checkpoint cannot be used as
         asked (nothing was trained).
     """
-    parser = _parser()
+    parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".yaml", ".yml", ".json")):
         words.insert(0, "train")
@@ -69,7 +69,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"scpl-ds: {message} (`{self.prog} --help` shows what there is)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments; docs/cli.md is made of it."""
     parser = _Parser(
         prog="scpl-ds",
         description="Fine-tune Hugging Face transformers in pipeline stages that never wait for a "

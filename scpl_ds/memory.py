@@ -240,7 +240,7 @@ class Prediction:
                 hidden_size=body.hidden_size,
                 num_labels=w.config.num_labels,
                 matrices=lambda names: {
-                    name: torch.empty_like(shape, device=w.device_type)
+                    name: torch.empty_like(shape, device="cpu")  # as all that is measured
                     for name, shape in shapes_of(w.config, names).items()
                 },
             )

@@ -28,6 +28,15 @@ def test_the_python_of_a_page_runs(page: str, python_pages: dict[str, str]):
     assert python_pages[page] == ""
 
 
+def test_the_plan_in_the_quickstart_is_the_one_that_is_printed(
+    run_bash: Callable[[Block], Finished],
+):
+    page = [b for b in BLOCKS if b.page == "docs/quickstart.md"]
+    (plan,) = [b.code for b in page if b.language == "text" and "prologue" in b.code]
+    (command,) = [b for b in page if b.code.startswith("scpl-ds plan recipes/quickstart.yaml\n")]
+    assert plan in run_bash(command).stdout
+
+
 def test_every_block_is_run_or_says_why_not():
     """A fence that the parser does not see would be skipped in silence."""
     for path in PAGES:

@@ -26,7 +26,7 @@ from scpl_ds.memory_track import FusedAttention, LiveBytes
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.recipe import recipe_from_ds_config
 from scpl_ds.sharding._footprint import Setting
-from tests.support import tiny
+from tests.support import tiny, tiny_lm
 from tests.support.tiny import write_recipe
 
 HALF = {"bf16": {"enabled": True}}
@@ -156,6 +156,25 @@ def test_a_gpu_keeps_no_attention_matrices():
         q = torch.zeros(1, 1, 256, 8, requires_grad=True)
         torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
     assert tracker.peak < 256 * 256 * 4
+
+
+def test_a_language_model_is_predicted_for_a_gpu_that_is_not_here():
+    """What its head lends to the lens used to be on the GPU, beside everything else on the CPU."""
+    config = tiny_lm.model().config
+    scpl, section = recipe_from_ds_config(
+        {
+            "train_micro_batch_size_per_gpu": 4,
+            "scpl": {"stages": 2, "sharding": "none", "objective": "logit_lens"},
+        },
+        stages=None,
+    )
+    anatomy = anatomy_of(config, "causal-lm")
+    cut = plan_stages(anatomy, scpl, config)
+    work = Workload(config, "causal-lm", anatomy, cut, scpl, section, sequence_length=32)
+    here = predict(work, pipeline_ranks=2, dp_size=1)
+    there = predict(dataclasses.replace(work, device_type="cuda"), pipeline_ranks=2, dp_size=1)
+    assert [r.parameters for r in there] == [r.parameters for r in here]
+    assert all(r.head > 0 and r.peak > 0 for r in there[:1])
 
 
 def test_every_zero_stage_keeps_less_between_steps():
