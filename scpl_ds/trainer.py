@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from scpl_ds import checkpoint, export
+from scpl_ds import trainer_words as words
 from scpl_ds.build_checks import refuse_idle
 from scpl_ds.build_times import from_rank_0
 from scpl_ds.checkpoint_disk import writing
@@ -24,8 +25,6 @@ from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
 from scpl_ds.evaluation import diagnose, evaluate
 from scpl_ds.generation import Samples
-from scpl_ds.memory import Workload
-from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
 from scpl_ds.partition.config import generation_config
 from scpl_ds.partition.lora import save_config
@@ -44,7 +43,6 @@ from scpl_ds.setup import (
 from scpl_ds.trainer_best import Best
 from scpl_ds.trainer_end import export_run, named, score_export
 from scpl_ds.trainer_guard import Guard, Health, guarded
-from scpl_ds.trainer_words import log_banner, make_trackers, plan_text, warn_of_no_evaluation
 
 log = logging.getLogger(__name__)
 _SETTLE_S = 8.0
@@ -96,7 +94,7 @@ class Run:
             mesh, lambda: make_loaders(recipe, self.data, mesh, device)
         )
         self.progress = Progress.of(recipe, self.train_loader, mesh.dp_size)
-        self.memory, self.best = MemoryWatch(device), Best(recipe.train)
+        self.memory, self.best, self.start = MemoryWatch(device), Best(recipe.train), words.Start()
         self.engine: Engine = together(
             mesh,
             lambda: make_engine(
@@ -115,8 +113,8 @@ class Run:
         if on_ready is not None:
             on_ready(self.folder)
         if self.is_main:
-            log_banner(self)
-        self.trackers = make_trackers(self, resuming=resuming)
+            words.log_banner(self)
+        self.trackers = words.make_trackers(self, resuming=resuming)
         self.report = Reporter(
             self.engine, self.memory, self.trackers, profile_steps=self._profile_steps()
         )
@@ -149,7 +147,7 @@ class Run:
                         resume
                     )  # what a restart before the next save goes on from
                 self._write_model_files(trained)
-            warn_of_no_evaluation(self)
+            words.warn_of_no_evaluation(self)
 
     def _make_samples(self) -> Samples | None:
         prompts, most = self.recipe.train.sample_prompts, self.recipe.train.sample_max_new_tokens
@@ -193,7 +191,7 @@ class Run:
                 model.adapters, self.folder.model_files, model.anatomy, trained,
                 base=model.path, revision=asked.revision,
             )  # fmt: skip
-        self.folder.plan.write_text(plan_text(self) + "\n")
+        words.write_start(self)
 
     def _profile_steps(self) -> range | None:
         """Counted from where this run begins: a resumed one is profiled too."""
@@ -350,8 +348,7 @@ class Run:
         together(self.mesh, self.engine.finish_saving)
         totals = self.report.finish(self.folder)
         if self.is_main and self.engine.global_steps > self.progress.done:
-            work = Workload.of(self.recipe, self.model, self.device.type)
-            log.info("%s", compare(work, totals.peaks, self.mesh.pp_size, self.mesh.dp_size))
+            words.log_memory(self, totals.peaks)
             self.report.log_shares(totals)
         stages, steps = self.engine.num_stages, self.engine.global_steps
         self._free_engine()
