@@ -1,4 +1,4 @@
-"""``scpl-ds``: train, eval, plan, export, doctor and schema on the command line."""
+"""``scpl-ds``: train, eval, plan, export, report, doctor and schema on the command line."""
 
 from __future__ import annotations
 
@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--max-shard-size", type=cli_types.size, metavar="SIZE", help="default: 5GB"
     )
+    report = add("report", _make_report, "Make one HTML page of a run, or of several.")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("--out", type=Path, default=None, help="default: report.html in the first")
     bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
     commands_of_bench.add_to(bench, _bench)
     doctor = add("doctor", _doctor, "Check this machine, and under a launcher its ranks.")
@@ -290,6 +293,13 @@ def _doctor(args: argparse.Namespace) -> int:
         sys.stdout.write((json.dumps(report.as_json(), indent=1) if args.json else text) + "\n")
     _leave()
     return report.exit_code
+
+
+def _make_report(args: argparse.Namespace) -> int:
+    from scpl_ds.report.page import write
+
+    sys.stdout.write(f"{write(args.runs, args.out)}\n")
+    return 0
 
 
 def _schema(args: argparse.Namespace) -> int:
