@@ -241,9 +241,8 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 def _legend(series: Sequence[Series]) -> Html | None:
     if len(series) == 1:
         return None
-    return el(
-        "p", join(*(key(s.name, s.style, has_marks=s.marks) for s in series)), class_="legend"
-    )
+    keys = (key(s.name, s.style, has_marks=s.marks) for s in series)
+    return el("p", *keys, class_="legend")
 
 
 def key(name: str, style: int, *, has_marks: bool = False) -> Html:

@@ -120,12 +120,12 @@ def _view(tab: Tab, page: Path, view: str, picture: Path) -> Iterator[str]:
     for event in tab.heard:
         method, params = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent" and params["request"]["url"] != page.as_uri():
-            yield f"{view}: asks for {params['request']['url']}"
+            yield f"{view}: asks for {params['request']['url'][:200]}"
         if method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
             yield f"{view}: {json.dumps(params)[:300]}"
 
 
 if __name__ == "__main__":
-    problems = look(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))
+    problems = look(Path(sys.argv[1]).resolve(strict=True), Path(sys.argv[2]))
     print("\n".join(problems) or "nothing wrong")
     sys.exit(bool(problems))
