@@ -187,9 +187,7 @@ class _Axes:
         for step in steps:
             x = f"{self.x(step):.1f}"
             parts.append(el("text", show(step), class_="middle", x=x, y=_HEIGHT - 12))
-        parts.append(
-            el("text", "step", class_="end", x=_WIDTH - _RIGHT, y=_HEIGHT - 1)
-        )  # fmt: skip
+        parts.append(el("text", "step", class_="end", x=_LEFT - 22, y=_HEIGHT - 12))
         return parts
 
 

@@ -11,8 +11,6 @@ from scpl_ds.report.reading import Points, RunFiles
 _STAGE = re.compile(r"stage(\d+)/(\w+)")
 _RANK = re.compile(r"perf/rank(\d+)/(\w+)")
 _SHOWN = frozenset({"lr", "epoch", "head/loss", "val/loss", "val/accuracy", "val/perplexity"})
-_FEW = 30
-"""So many points of a curve, or fewer, are drawn as dots too."""
 _NAMES = {
     "valid_anchor_fraction": "Rows with a positive",
     "nearest_class_accuracy": "Accuracy of the nearest class mean",
@@ -77,8 +75,9 @@ def shared_charts(runs: Sequence[tuple[str, RunFiles]]) -> list[Chart]:
     """Several runs, a curve each."""
 
     def each(name: str) -> list[Series]:
+        scored = name.startswith("val/")
         return [
-            Series(title, run.metrics.get(name, []), number, len(run.metrics.get(name, [])) < _FEW)
+            Series(title, run.metrics.get(name, []), number, marks=scored)
             for number, (title, run) in enumerate(runs)
         ]
 
