@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -177,6 +178,7 @@ def _train(args: argparse.Namespace) -> int:
 
     result = fit(recipe, on_ready=log_to_file)
     if rank_number() == 0:
+        log.info("a page of it: scpl-ds report %s", shlex.quote(result["run_dir"]))
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     _leave()
     return 0

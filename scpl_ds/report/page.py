@@ -179,7 +179,7 @@ def _facts(run: RunFiles) -> list[Fact]:
     facts.append(Fact("Bubble", "unknown" if bubble is None else f"{bubble:.1%}", guess))
     peaks, guesses = run.measured_memory, [each["peak"] for each in run.predicted_memory]
     beside = f"predicted {show_size(int(max(guesses)))}" if guesses else ""
-    known = show_size(int(max(peaks))) if peaks else "not yet known"
+    known = show_size(int(max(peaks))) if peaks else "not known"
     return [*facts, Fact("Peak memory of a rank", known, beside)]
 
 

@@ -192,7 +192,7 @@ def test_broken_files_leave_the_rest_of_the_page(tmp_path: Path):
 
 def test_a_run_before_its_first_step_has_a_page(tmp_path: Path):
     found = page_of(run_folder(tmp_path / "run", **{"metrics.jsonl": None}))
-    for missing in ("no metrics.jsonl", "not evaluated", "no throughput", "not yet known"):
+    for missing in ("no metrics.jsonl", "not evaluated", "no throughput", "not known"):
         assert missing in found.words.lower()
 
 
