@@ -24,6 +24,7 @@ def main(run: Path, reader: Path) -> None:
         f"Try next, after `{_way_here(reader)}source {_activate()}`:",
         "  scpl-ds plan recipes/quickstart.yaml scpl.stages=3",
         f"  scpl-ds eval {shlex.quote(str(run))}",
+        f"  scpl-ds report {shlex.quote(str(run))}",
     ]
     if export is not None:
         lines.append(

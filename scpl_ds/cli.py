@@ -1,4 +1,4 @@
-"""``scpl-ds``: train, eval, plan, export, doctor and schema on the command line."""
+"""``scpl-ds``: train, eval, plan, export, report, doctor and schema on the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -152,6 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("--private", action="store_true", help="make that repository private")
     export.add_argument("--revision", help="branch to upload to; default: main")
+    report = add("report", _make_report, "Make one HTML page of a run, or of several.")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("--out", type=Path, default=None, help="default: report.html in the first")
     bench = add("bench", _bench, "Measure: prints a table, writes JSON.")
     commands_of_bench.add_to(bench, _bench)
     doctor = add("doctor", _doctor, "Check this machine, and under a launcher its ranks.")
@@ -181,6 +185,7 @@ def _train(args: argparse.Namespace) -> int:
 
     result = fit(recipe, on_ready=log_to_file)
     if rank_number() == 0:
+        log.info("a page of it: scpl-ds report %s", shlex.quote(result["run_dir"]))
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     _leave()
     return 0
@@ -306,6 +311,13 @@ def _doctor(args: argparse.Namespace) -> int:
         sys.stdout.write((json.dumps(report.as_json(), indent=1) if args.json else text) + "\n")
     _leave()
     return report.exit_code
+
+
+def _make_report(args: argparse.Namespace) -> int:
+    from scpl_ds.report.page import write
+
+    sys.stdout.write(f"{write(args.runs, args.out)}\n")
+    return 0
 
 
 def _schema(args: argparse.Namespace) -> int:

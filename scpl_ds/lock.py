@@ -151,6 +151,19 @@ class RunLock:
         )
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a run seems to be training in ``folder``; never waits. Of another machine's run it
+    goes by how long ago the lock was touched, on this machine's clock."""
+    path = folder / NAME
+    owner, touched = _read(path), _touched(path)
+    if owner is None or touched is None:
+        return False
+    if all(owner.get(key) == value for key, value in _here().items()):
+        began = _began(owner["pid"])
+        return began is not None and began == owner["began"]
+    return time.time() - touched / 1e9 < 3 * _BEAT_S
+
+
 def _here() -> dict[str, str | None]:
     """What must be the same for a process number to name the same process."""
     boot = pids = None

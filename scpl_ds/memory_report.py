@@ -186,29 +186,34 @@ def describe(
     return text
 
 
-def compare(workload: Workload, measured: Sequence[int], pipeline_ranks: int, dp_size: int) -> str:
-    """Measured peaks beside predicted ones, a line per rank of the run; never an error, because a
-    finished run must not end in one.
+def predicted(workload: Workload, pipeline_ranks: int, dp_size: int) -> list[RankMemory] | str:
+    """``predict``, or why it cannot: never an error, because a run can do without."""
+    try:
+        return predict(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size)
+    except Exception as error:
+        return f"not predicted: {error}"
+
+
+def compare(
+    ranks: Sequence[RankMemory] | str, measured: Sequence[int], *, dp_size: int, device_type: str
+) -> str:
+    """Measured peaks beside predicted ones, a line per rank of the run.
 
     Args:
-        workload: What was trained.
+        ranks: What was predicted, or why it was not.
         measured: Bytes by global rank.
-        pipeline_ranks: Ranks along the pipeline.
         dp_size: Data-parallel ranks of each stage.
+        device_type: What was trained on.
     """
-    try:
-        ranks = predict(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size)
-    except Exception as error:
+    if isinstance(ranks, str):
         found = ", ".join(show_size(size) for size in measured)
-        return f"peak memory by rank: {found}; it is not predicted: {error}"
+        return f"peak memory by rank: {found}; {ranks}"
     lines = [["rank", "predicted peak", "measured peak", "measured / predicted"]]
     for number, size in enumerate(measured):
-        predicted = ranks[number // dp_size].peak
-        lines.append(
-            [str(number), show_size(predicted), show_size(size), f"{size / max(1, predicted):.2f}"]
-        )
+        peak = ranks[number // dp_size].peak
+        lines.append([str(number), show_size(peak), show_size(size), f"{size / max(1, peak):.2f}"])
     text = ["memory during training", *_aligned(lines)]
-    if workload.device_type == "cpu":
+    if device_type == "cpu":
         text.append(
             "Measured is the resident set, in which the C library keeps freed blocks; with "
             "MALLOC_MMAP_THRESHOLD_=1048576 it is what is alive, and training is slower."

@@ -58,6 +58,7 @@ class RunTotals(NamedTuple):
             "train_seconds": self.seconds,
             "bubble_fraction": sum(bubbles) / len(bubbles),
             "time_shares": self.shares,
+            "peak_memory_bytes": self.peaks,
         }
 
 

@@ -43,8 +43,8 @@ def launches(environ: Mapping[str, str] = os.environ) -> dict[str, bool]:
 
 
 class RunFolder:
-    """``recipe.yaml plan.txt model/ logs/ metrics.jsonl checkpoint-N/ latest export/ profile/
-    result.json``."""
+    """``recipe.yaml plan.txt about.json model/ logs/ metrics.jsonl checkpoint-N/ latest export/
+    profile/ result.json``."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -72,8 +72,21 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
-        """The partition table."""
+        """The start banner: partition table, schedule, what is predicted."""
         return self.path / "plan.txt"
+
+    @property
+    def about(self) -> Path:
+        """What was known before the first step, for programs."""
+        return self.path / "about.json"
+
+    def starts(self) -> list[dict[str, Any]]:
+        """When, and after which step, the run here was begun or gone on with; empty where nobody
+        wrote it down."""
+        try:
+            return list(json.loads(self.about.read_text(encoding="utf-8"))["starts"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return []
 
     def is_run(self) -> bool:
         """Whether a run was started here; a recipe.yaml alone may be anybody's."""

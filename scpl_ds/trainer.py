@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from scpl_ds import checkpoint, export
+from scpl_ds import trainer_words as words
 from scpl_ds.build_checks import refuse_idle
 from scpl_ds.build_times import from_rank_0
 from scpl_ds.checkpoint_disk import writing
@@ -24,8 +25,6 @@ from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
 from scpl_ds.evaluation import diagnose, evaluate
 from scpl_ds.generation import Samples
-from scpl_ds.memory import Workload
-from scpl_ds.memory_report import compare
 from scpl_ds.meter import MemoryWatch
 from scpl_ds.progress import Progress
 from scpl_ds.recipe import Recipe
@@ -43,14 +42,6 @@ from scpl_ds.trainer_best import Best
 from scpl_ds.trainer_end import export_run, named, publish, score_export
 from scpl_ds.trainer_guard import Guard, Health, guarded
 from scpl_ds.trainer_saves import after_save, state_of, write_model_files
-from scpl_ds.trainer_words import (
-    log_banner,
-    make_trackers,
-    predictions_of,
-    samples_of,
-    warn_of_no_evaluation,
-    warn_of_no_upload,
-)
 
 log = logging.getLogger(__name__)
 _SETTLE_S = 8.0
@@ -102,7 +93,7 @@ class Run:
             mesh, lambda: make_loaders(recipe, self.data, mesh, device)
         )
         self.progress = Progress.of(recipe, self.train_loader, mesh.dp_size)
-        self.memory, self.best = MemoryWatch(device), Best(recipe.train)
+        self.memory, self.best, self.start = MemoryWatch(device), Best(recipe.train), words.Start()
         self.engine: Engine = together(
             mesh,
             lambda: make_engine(
@@ -121,8 +112,8 @@ class Run:
         if on_ready is not None:
             on_ready(self.folder)
         if self.is_main:
-            log_banner(self)
-        self.trackers = make_trackers(self, resuming=resuming)
+            words.log_banner(self)
+        self.trackers = words.make_trackers(self, resuming=resuming)
         self.report = Reporter(
             self.engine, self.memory, self.trackers, profile_steps=self._profile_steps()
         )
@@ -133,8 +124,8 @@ class Run:
         self.last_eval: dict[str, float] = {}
         self.evaluated = -1
         """Step that ``last_eval`` is of."""
-        self.predictions = predictions_of(self)
-        self.samples: Samples | None = together(mesh, lambda: samples_of(self))
+        self.predictions = words.predictions_of(self)
+        self.samples: Samples | None = together(mesh, lambda: words.samples_of(self))
 
     # -- before the first step -------------------------------------------------------------
 
@@ -158,8 +149,8 @@ class Run:
                         resume
                     )  # what a restart before the next save goes on from
                 write_model_files(self, trained)
-            warn_of_no_evaluation(self)
-            warn_of_no_upload(self)
+            words.warn_of_no_evaluation(self)
+            words.warn_of_no_upload(self)
 
     def _find_checkpoint(self) -> Path | None:
         return self.folder.resume_point(self.recipe)
@@ -332,8 +323,7 @@ class Run:
         together(self.mesh, self.engine.finish_saving)
         totals = self.report.finish(self.folder)
         if self.is_main and self.engine.global_steps > self.progress.done:
-            work = Workload.of(self.recipe, self.model, self.device.type)
-            log.info("%s", compare(work, totals.peaks, self.mesh.pp_size, self.mesh.dp_size))
+            words.log_memory(self, totals.peaks)
             self.report.log_shares(totals)
         stages, steps = self.engine.num_stages, self.engine.global_steps
         self._free_engine()

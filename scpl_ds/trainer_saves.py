@@ -11,14 +11,15 @@ from scpl_ds.partition.config import generation_config
 from scpl_ds.partition.lora import save_config
 from scpl_ds.run_folder import versions
 from scpl_ds.trackers._base import Artifact
-from scpl_ds.trainer_words import partition_of, plan_text
+from scpl_ds.trainer_words import partition_of, write_start
 
 if TYPE_CHECKING:
     from scpl_ds.trainer import Run
 
 
 def write_model_files(run: Run, trained: list[str]) -> None:
-    """Config, tokenizer and the plan into the run folder; the first two go into every checkpoint.
+    """Config, tokenizer, plan and ``about.json`` into the run folder; the first two go into every
+    checkpoint.
 
     Args:
         run: The run.
@@ -37,7 +38,7 @@ def write_model_files(run: Run, trained: list[str]) -> None:
             model.adapters, folder.model_files, model.anatomy, trained,
             base=model.path, revision=asked.revision,
         )  # fmt: skip
-    folder.plan.write_text(plan_text(run) + "\n")
+    write_start(run)
 
 
 def state_of(run: Run) -> dict[str, Any]:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from scpl_ds.checkpoint import write_text
 from scpl_ds.evaluation_samples import Predictions
 from scpl_ds.export_hub import why_not
 from scpl_ds.generation import Samples
+from scpl_ds.memory import RankMemory, Workload
+from scpl_ds.memory_report import compare, predicted, render_ranks
+from scpl_ds.memory_sizes import show_size
+from scpl_ds.meter_machine import describe_machine
 from scpl_ds.partition.config import generation_config
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.run_folder import versions
-from scpl_ds.setup import draw_schedule
+from scpl_ds.setup import draw_schedule, predict_bubble
 from scpl_ds.trackers._base import TrackerSet
 from scpl_ds.trainer_end import destination
 
@@ -19,6 +31,26 @@ if TYPE_CHECKING:
     from scpl_ds.trainer import Run
 
 log = logging.getLogger(__name__)
+_RANKS_SHOWN = 8
+_LINES_SHOWN = 14
+_MACHINE = ("cpu", "cores", "memory_bytes", "python")
+
+
+@dataclasses.dataclass
+class Start:
+    """What is known before the first step; filled on rank 0, by ``write_start``."""
+
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    memory: list[RankMemory] | str = "not predicted"
+    """Of each pipeline rank, or why it is not known."""
+
+
+def log_memory(run: Run, measured: Sequence[int]) -> None:
+    """Bytes at the peak of every rank, beside what was predicted."""
+    words = compare(
+        run.start.memory, measured, dp_size=run.mesh.dp_size, device_type=run.device.type
+    )
+    log.info("%s", words)
 
 
 def warn_of_no_evaluation(run: Run) -> None:
@@ -57,31 +89,112 @@ def warn_of_no_upload(run: Run) -> None:
         log.warning("train.push_to_hub: %s. The run goes on, and its export stays here.", reason)
 
 
-def plan_text(run: Run) -> str:
-    m = run.mesh
-    return render_plan(
-        run.model.plan, run.model.anatomy, pipeline_ranks=m.pp_size, data_parallel=m.dp_size
-    )
+def write_start(run: Run) -> None:
+    """On rank 0: ``plan.txt``, for people, and ``about.json``, which ``scpl-ds report`` reads."""
+    work = Workload.of(run.recipe, run.model, run.device.type)
+    with torch.random.fork_rng(devices=[]):
+        run.start.memory = predicted(work, run.mesh.pp_size, run.mesh.dp_size)
+    found = run.start.memory
+    table = found if isinstance(found, str) else render_ranks(found, work)
+    run.start.about = about(run)
+    write_text(run.folder.plan, "\n\n".join([*_banner(run), table]) + "\n")
+    starts = [*run.folder.starts(), {"step": run.progress.done, "at": run.start.about["started"]}]
+    if run.progress.done == 0:
+        starts = starts[-1:]
+    write_text(run.folder.about, json.dumps({**run.start.about, "starts": starts}, indent=1) + "\n")
 
 
 def log_banner(run: Run) -> None:
-    """Cut, schedule and arithmetic of the batches."""
-    sizes = run.recipe.deepspeed.batch(run.mesh.dp_size)
-    shown = min(sizes.accumulation, 4)
-    drawing = draw_schedule(run.recipe, run.engine.num_stages, max(2, shown))
-    together = run.recipe.scpl.method != "scpl" or run.recipe.scpl.clip_scope == "global"
-    total, count = run.progress.total_steps, run.data.facts.num_train
-    epochs = "a stream" if count is None else f"{run.progress.epoch(total):.2f} epochs"
-    log.info("%s\n", plan_text(run))
-    log.info("schedule '%s', first micro-batches:\n%s\n", run.recipe.scpl.order, drawing)
-    log.info(
-        "global batch %d = micro-batch %d x %d micro-batches x %d dp; %s training and %d "
-        "evaluation samples; %d steps (%s); clip %g %s; run folder %s",
-        sizes.global_batch, sizes.micro_batch, sizes.accumulation, run.mesh.dp_size,
-        count or "streamed", run.data.facts.num_eval, total, epochs,
-        run.recipe.deepspeed.gradient_clipping,
-        "over all stages" if together else "per stage", run.folder.path,
+    """Cut, schedule, arithmetic of the batches, and what is predicted: not more than a screen."""
+    cut, schedule, arithmetic = _banner(run)
+    for part in (cut, schedule):
+        log.info("%s\n", _shortened(part, run.folder.plan))
+    log.info("%s", arithmetic)
+
+
+def about(run: Run) -> dict[str, Any]:
+    """What is known of a run before its first step, as plain JSON values."""
+    m, facts = run.mesh, run.data.facts
+    sizes = run.recipe.deepspeed.batch(m.dp_size)
+    bubble = predict_bubble(
+        run.recipe, run.model, pipeline_ranks=m.pp_size, micro_batches=sizes.accumulation,
+        total_steps=run.progress.total_steps,
     )  # fmt: skip
+    share, steps = bubble or (None, None)
+    memory: dict[str, Any] = {"note": run.start.memory}
+    if not isinstance(run.start.memory, str):
+        memory = {"ranks": [dataclasses.asdict(rank) for rank in run.start.memory]}
+    machine = describe_machine()
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    return {
+        "name": run.recipe.name,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "model_type": run.model.anatomy.model_type,
+        "partition": partition_of(run),
+        "cut_by": run.model.plan.method,
+        "ranks": m.world_size,
+        "pipeline_ranks": m.pp_size,
+        "data_parallel": m.dp_size,
+        "device": str(run.device),
+        "batch": {
+            "global": sizes.global_batch,
+            "micro": sizes.micro_batch,
+            "accumulation": sizes.accumulation,
+        },
+        "total_steps": run.progress.total_steps,
+        "num_train": facts.num_train,
+        "num_eval": facts.num_eval,
+        "majority_accuracy": facts.majority_accuracy,
+        "predicted": {"bubble_fraction": share, "steps": steps, "memory": memory},
+        "machine": {"device": device, **{key: machine[key] for key in _MACHINE}},
+        "versions": versions(),
+        "fingerprint": run.recipe.fingerprint(),
+    }
+
+
+def _banner(run: Run) -> tuple[str, str, str]:
+    """Cut, schedule, and the rest a line each."""
+    m, facts, total, scpl = run.mesh, run.data.facts, run.progress.total_steps, run.recipe.scpl
+    plan, anatomy = run.model.plan, run.model.anatomy
+    sizes = run.recipe.deepspeed.batch(m.dp_size)
+    cut = render_plan(plan, anatomy, pipeline_ranks=m.pp_size, data_parallel=m.dp_size)
+    drawing = draw_schedule(run.recipe, plan.num_stages, max(2, min(sizes.accumulation, 4)))
+    guess = run.start.about["predicted"]
+    share, steps = guess["bubble_fraction"], guess["steps"]
+    bubble = "not predicted for this schedule" if share is None else f"{share:.1%}"
+    if share is not None:
+        lengths = "FLOPs" if plan.times is None else "measured times"
+        bubble += f" predicted ({steps} steps simulated, stages as long as their {lengths})"
+    memory = run.start.memory
+    if not isinstance(memory, str):
+        shown = [f"rank {r.rank} {show_size(r.peak)}" for r in memory][:_RANKS_SHOWN]
+        more = ["..."] if len(memory) > _RANKS_SHOWN else []
+        kind = "pipeline rank" if m.dp_size > 1 else "rank"
+        memory = f"{', '.join(shown + more)} predicted at the peak"
+        memory = memory if kind == "rank" else memory.replace("rank ", f"{kind} ", 1)
+    together = scpl.method != "scpl" or scpl.clip_scope == "global"
+    epochs = "a stream" if facts.num_train is None else f"{run.progress.epoch(total):.2f} epochs"
+    lines = [
+        f"bubble   {bubble}",
+        f"memory   {memory}",
+        f"batch    train_batch_size {sizes.global_batch} = micro-batch {sizes.micro_batch} x "
+        f"accumulation {sizes.accumulation} x data-parallel {m.dp_size}",
+        f"data     {facts.num_train or 'streamed'} training and {facts.num_eval} evaluation "
+        f"samples; {total} steps ({epochs})",
+        f"clip     {run.recipe.deepspeed.gradient_clipping:g} "
+        f"{'over all stages' if together else 'per stage'}",
+        f"run      {run.folder.path}",
+    ]
+    return cut, f"schedule '{scpl.order}', first micro-batches:\n{drawing}", "\n".join(lines)
+
+
+def _shortened(text: str, whole: Path) -> str:
+    """What fits beside the rest of the banner on a screen."""
+    lines = text.splitlines()
+    if len(lines) <= _LINES_SHOWN:
+        return text
+    left = len(lines) - _LINES_SHOWN
+    return "\n".join([*lines[: _LINES_SHOWN - 1], f"... {left} more lines in {whole}", lines[-1]])
 
 
 def make_trackers(run: Run, *, resuming: bool) -> TrackerSet:
@@ -95,14 +208,7 @@ def make_trackers(run: Run, *, resuming: bool) -> TrackerSet:
     trackers = TrackerSet.build(
         sections, run_dir=run.folder.path, resume=resuming, run_name=run.recipe.name
     )
-    config = {
-        "recipe": run.recipe.to_mapping(),
-        "partition": partition_of(run),
-        "ranks": run.mesh.world_size,
-        "device": str(run.device),
-        "versions": versions(),
-        "fingerprint": run.recipe.fingerprint(),
-    }
+    config = {"recipe": run.recipe.to_mapping(), **run.start.about}
     trackers.start(
         config,
         total_steps=run.progress.total_steps,

@@ -17,8 +17,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from scpl_ds.bench.machine import describe_machine
 from scpl_ds.errors import RecipeError
+from scpl_ds.meter_machine import describe_machine
 from scpl_ds.partition.anatomy import analyze, model_class
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.matrices import matrices_of

@@ -23,7 +23,7 @@ import torch
 
 from scpl_ds.bench import hosts, systems
 from scpl_ds.bench.emulate import Lengths
-from scpl_ds.bench.machine import Processor, describe_machine
+from scpl_ds.bench.machine import Processor
 from scpl_ds.bench.pipeline_rows import (
     Run,
     add_ratios,
@@ -37,6 +37,7 @@ from scpl_ds.bench.pipeline_rows import (
 from scpl_ds.bench.ranks import World, in_a_fork
 from scpl_ds.bench.systems import Entry, Task
 from scpl_ds.errors import RecipeError, ScplError
+from scpl_ds.meter_machine import describe_machine
 from scpl_ds.setup import Model
 
 log = logging.getLogger(__name__)

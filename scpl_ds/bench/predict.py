@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scpl_ds.bench.machine import describe_machine
 from scpl_ds.bench.systems import model_folder
 from scpl_ds.build_times import Stopwatch
 from scpl_ds.distributed.world import RankEnv, pick_device
 from scpl_ds.errors import RecipeError, ScheduleError
+from scpl_ds.meter_machine import describe_machine
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.timing import REPEATS, now, random_stages

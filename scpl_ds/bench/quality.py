@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from scpl_ds import registry
-from scpl_ds.bench.machine import describe_machine
 from scpl_ds.bench.quality_table import ONE_STAGE, best_of, plot, render, selected
 from scpl_ds.bench.quality_trial import train_and_score
 from scpl_ds.bench.ranks import in_forks
 from scpl_ds.errors import RecipeError, ScplError
+from scpl_ds.meter_machine import describe_machine
 from scpl_ds.recipe import Recipe, load_recipe, recipe_from_mapping
 from scpl_ds.recipe_files import read_mapping
 from scpl_ds.recipe_fingerprint import what_counts

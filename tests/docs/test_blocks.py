@@ -54,7 +54,7 @@ def test_few_blocks_are_left_out():
     assert all(b.language == "bash" for b in left_out)
 
 
-def test_quickstart_ends_with_accuracy_run_folder_and_three_commands(
+def test_quickstart_ends_with_accuracy_run_folder_and_four_commands(
     quickstart: Finished, sandbox: Sandbox
 ):
     assert quickstart.returncode == 0, quickstart.stdout
@@ -63,9 +63,9 @@ def test_quickstart_ends_with_accuracy_run_folder_and_three_commands(
     assert result["stages"] == result["ranks"] == 2
     assert f"Accuracy   {result['eval_accuracy']:.1%} of the exported model" in quickstart.stdout
     assert f"Run        {run.resolve()}" in quickstart.stdout
-    after = quickstart.stdout.partition("Try next")[2].splitlines()[1:4]
+    after = quickstart.stdout.partition("Try next")[2].splitlines()[1:5]
     assert [line.split()[:2] for line in after] == [
-        ["scpl-ds", "plan"], ["scpl-ds", "eval"], ["python", "-c"],
+        ["scpl-ds", "plan"], ["scpl-ds", "eval"], ["scpl-ds", "report"], ["python", "-c"],
     ]  # fmt: skip
 
 

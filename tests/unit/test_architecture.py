@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for line in (
         "__init__ __main__",
         "cli",
-        "bench doctor",
+        "bench doctor report",
         "trainer",
         "evaluation generation reporting",
         "setup early_exit",

@@ -20,7 +20,7 @@ from scpl_ds.build_plan import plan_stages
 from scpl_ds.cli import main
 from scpl_ds.errors import PartitionError, ScplError
 from scpl_ds.memory import Prediction, RankMemory, Workload, footprint, predict
-from scpl_ds.memory_report import compare, describe, fitting, render_fitting
+from scpl_ds.memory_report import compare, describe, fitting, predicted, render_fitting
 from scpl_ds.memory_sizes import parse_size, show_size
 from scpl_ds.memory_track import FusedAttention, LiveBytes
 from scpl_ds.partition.anatomy import Anatomy, anatomy_of
@@ -269,7 +269,9 @@ def test_a_model_that_cannot_be_made_is_no_traceback(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(BertForSequenceClassification, "_from_config", fail)
     with pytest.raises(PartitionError, match="cannot be predicted"):
         one(workload())
-    assert "not predicted" in compare(workload(), [2**30], 1, 1)
+    found = predicted(workload(), 1, 1)
+    assert isinstance(found, str) and "cannot be predicted" in found
+    assert "1.00 GiB; not predicted" in compare(found, [2**30], dp_size=1, device_type="cpu")
     assert "not predicted" in describe(workload(), pipeline_ranks=1, dp_size=1)
 
 
