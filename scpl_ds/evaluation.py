@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +94,24 @@ class Score:
         return whole | exits
 
 
-def evaluate(engine: Engine, loader: BatchLoader, *, logits: list[Tensor] | None = None) -> Score:
+Keep = Callable[[Tensor, Tensor | None], None]
+"""Takes the logits and labels of one micro-batch; labels None where the data have none."""
+
+
+def evaluate(engine: Engine, loader: BatchLoader, *, keep: Keep | None = None) -> Score:
     """Score the evaluation data over all stages; every rank calls it and gets the whole score.
 
     Args:
         engine: The stages.
         loader: Evaluation data; read on first-stage ranks, elsewhere it only counts.
-        logits: Filled with each micro-batch's logits [B, C] on the last stage's ranks.
+        keep: Called with the logits [B, C] and labels of each micro-batch of this rank, in order,
+            on the last stage's ranks; those that are there to fill up are left out.
     """
     own = Score()
     batches = iter(loader) if engine.is_first_stage() else None
     for n, output in enumerate(engine.evaluate(batches, loader.num_micro_batches_per_epoch)):
         if n < loader.num_scored:
-            _count(own, output, logits)
+            _count(own, output, keep)
     whole = Score()
     for part in gather_objects(engine.mesh, own):
         whole.join(part)
@@ -135,12 +140,13 @@ def diagnose(engine: Engine, loader: BatchLoader) -> tuple[Score, dict[str, floa
     return score, {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _count(score: Score, output: Evaluated, logits: list[Tensor] | None) -> None:
-    if output.logits is None or output.labels is None:
+def _count(score: Score, output: Evaluated, keep: Keep | None) -> None:
+    if output.logits is None:
         return
-    score.add(output.logits, output.labels, output.exits)
-    if logits is not None:
-        logits.append(output.logits.cpu())
+    if keep is not None:
+        keep(output.logits, output.labels)
+    if output.labels is not None:
+        score.add(output.logits, output.labels, output.exits)
 
 
 def evaluate_run(
@@ -190,7 +196,12 @@ def evaluate_run(
     engine = make_engine(recipe, model, mesh, device, total_steps=1)
     together(mesh, lambda: _load(engine, folder))
     own: list[Tensor] = []
-    score = evaluate(engine, loader, logits=None if logits_file is None else own)
+
+    def keep(logits: Tensor, labels: Tensor | None) -> None:
+        del labels  # rank 0 has them in order
+        own.append(logits.cpu())
+
+    score = evaluate(engine, loader, keep=None if logits_file is None else keep)
     if logits_file is not None:
         parts = gather_objects(mesh, own)
         if mesh.rank == 0:

@@ -324,7 +324,7 @@ class Run:
             "versions": versions(),
             "tracker_runs": self.trackers.run_ids(),
             "best": self.best.state(),
-            **self.hooks.state(),
+            **self.hooks.kept(),
         }
         together(
             self.mesh,

@@ -55,7 +55,7 @@ class Hooks:
     def end(self) -> None:
         """After the last step."""
 
-    def state(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, plain JSON."""
         return {}
 
