@@ -31,8 +31,8 @@ from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_
 from scpl_ds.ds_limits import TORCH_BACKENDS
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, ScplError
-from scpl_ds.optim import lr_schedule
 from scpl_ds.meter import MemoryWatch
+from scpl_ds.optim import lr_schedule
 from scpl_ds.partition.anatomy import Anatomy, analyze, anatomy_of
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.footprint import longest_sequence
@@ -330,9 +330,7 @@ class _Stages(NamedTuple):
     matrices: Matrices
 
 
-def _stages_of_model(
-    recipe: Recipe, model: Model, whole: PreTrainedModel, mesh: Mesh
-) -> _Stages:
+def _stages_of_model(recipe: Recipe, model: Model, whole: PreTrainedModel, mesh: Mesh) -> _Stages:
     """Stages that share the tensors of a model in memory. Made before anything is sharded: ties
     that cross stages are copied."""
     anatomy, plan, section = model.anatomy, model.plan, recipe.deepspeed

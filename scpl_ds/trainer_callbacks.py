@@ -76,7 +76,7 @@ class Callbacks(Hooks):
         super().__init__()
         self.args, self.state, self.control = args, TrainerState(), TrainerControl()
         self.compute_metrics, self.preprocess = compute_metrics, preprocess
-        self.handler = CallbackHandler([_Flow()], model, processing_class, None, None)
+        self.handler: Any = CallbackHandler([_Flow()], model, processing_class, None, None)
         for callback in callbacks:
             self.add(callback)
         self._took = 0.0
@@ -124,8 +124,8 @@ class Callbacks(Hooks):
         state.eval_steps = train.eval_steps or state.eval_steps
         state.save_steps = train.save_steps or state.save_steps
         self.handler.optimizer = run.engine.optimizer
-        self.handler.train_dataloader = run.train_loader  # pyright: ignore[reportAttributeAccessIssue]
-        self.handler.eval_dataloader = run.eval_loader  # pyright: ignore[reportAttributeAccessIssue]
+        self.handler.train_dataloader = run.train_loader
+        self.handler.eval_dataloader = run.eval_loader
         self.call("on_train_begin")
 
     def before_step(self, step: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +29,11 @@ from transformers.trainer_utils import (
 from scpl_ds import export
 from scpl_ds.data.given import SOURCE, Given, size_of
 from scpl_ds.data.loader import BatchLoader
+from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.world import RankEnv
 from scpl_ds.engine import Engine
-from scpl_ds.errors import DataError, PartitionError, RecipeError
-from scpl_ds.partition._hf import model_class
-from scpl_ds.partition.config import load_config
-from scpl_ds.partition.lora import without_wrapper
+from scpl_ds.errors import RecipeError
 from scpl_ds.partition.stage_module import PreTrainedModel
 from scpl_ds.recipe import Recipe, check_world, recipe_from_mapping
 from scpl_ds.setup import (
@@ -54,14 +51,8 @@ from scpl_ds.trainer_arguments import WHERE, groups_by_length, mapping_of, with_
 from scpl_ds.trainer_callbacks import Callbacks, hf_metrics
 from scpl_ds.trainer_files import write_files
 from scpl_ds.trainer_guard import guarded
+from scpl_ds.trainer_inputs import INSTEAD, check_data, inputs_of, refuse_others, taken
 from scpl_ds.trainer_predictions import ComputeMetrics, Predicted, Preprocess, predict
-
-_TASKS = ("sequence-classification", "causal-lm")
-_INSTEAD = {
-    "compute_loss": "put the loss into the model's forward, which the last stage learns from, or "
-    "choose what the other stages learn with scpl.objective (docs/objectives.md)",
-    "log": "use TrainerCallback.on_log, or a tracker",
-}
 
 
 class Trainer:
@@ -111,7 +102,7 @@ class Trainer:
         scpl: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
-        _refuse_others(others)
+        refuse_others(others)
         self.args = args if args is not None else TrainingArguments()
         transformers.set_seed(self.args.seed)
         if model is None:
@@ -121,13 +112,13 @@ class Trainer:
         self.model, self.processing_class = model, processing_class
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         for name in ("train_dataset", "eval_dataset"):
-            _check_data(name, getattr(self, name))
+            check_data(name, getattr(self, name))
         section: Mapping[str, Any]
         whole: PreTrainedModel | None = None
         if isinstance(model, str | Mapping):
             section = {"name_or_path": model} if isinstance(model, str) else model
         else:
-            whole, section = _taken(model)
+            whole, section = taken(model)
         self.compute_metrics = compute_metrics
         data = {"name": SOURCE, "own_metrics": compute_metrics is not None}
         mapping = mapping_of(self.args, scpl or {}, section, data)
@@ -141,7 +132,7 @@ class Trainer:
         )
         self.data_collator: Any = padded
         if self.args.remove_unused_columns:
-            names = [*_inputs(whole, self.recipe), "label", "label_ids", "labels"]
+            names = [*inputs_of(whole, self.recipe), "label", "label_ids", "labels"]
             padded = RemoveColumnsCollator(padded, names)
         self._given = Given(
             whole, train_dataset, eval_dataset, padded, processing_class, self._lengths
@@ -165,7 +156,7 @@ class Trainer:
         for name in vars(cls):
             hook = not name.startswith("__") and hasattr(transformers.Trainer, name)
             if hook and name not in vars(Trainer):
-                instead = _INSTEAD.get(name, "use callbacks, data_collator or a recipe")
+                instead = INSTEAD.get(name, "use callbacks, data_collator or a recipe")
                 raise RecipeError(
                     f"{cls.__name__}.{name}: scpl_ds.Trainer does not call it, because every stage "
                     f"computes, learns and steps by itself. Instead, {instead}."
@@ -254,7 +245,7 @@ class Trainer:
         return PredictionOutput(found.predictions, found.label_ids, metrics)  # pyright: ignore
 
     def _predict(self, data: Any, prefix: str, *, keep: bool) -> tuple[Predicted, dict[str, float]]:
-        _check_data("the data set", data)
+        check_data("the data set", data)
         mesh, _, _, engine = self._ready()
         loader = BatchLoader(
             data,
@@ -269,9 +260,7 @@ class Trainer:
         )
         own = None if self.args.prediction_loss_only else self.compute_metrics
         began = time.time()
-        found = predict(
-            engine, loader, compute_metrics=own, preprocess=self._preprocess, keep=keep
-        )
+        found = predict(engine, loader, compute_metrics=own, preprocess=self._preprocess, keep=keep)
         speed = speed_metrics(
             prefix, began,
             num_samples=loader.num_samples, num_steps=loader.num_micro_batches_per_epoch,
@@ -280,14 +269,15 @@ class Trainer:
 
     # -- files -----------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | Path | None = None, _internal_call: bool = False
+    ) -> None:
         """Write an ordinary Hugging Face folder; every rank must call it.
 
         Args:
             output_dir: A new folder, or an earlier export; default ``<args.output_dir>/export``,
                 as ``args.output_dir`` itself is the run folder.
         """
-        del _internal_call
         run = self.recipe.output_dir
         asked = run if output_dir is None else Path(output_dir)
         out = run / "export" if asked.resolve() == run.resolve() else asked
@@ -296,10 +286,12 @@ class Trainer:
         source = self._checkpoint
         if source is None:  # these weights are in no checkpoint
             scratch = out.with_name(f".{out.name}.checkpoint")
+            kept = [name for stage in engine.stages for name in stage.module.body.kept or ()]
+            trained = [name for names in gather_objects(mesh, kept) for name in names]
             if mesh.rank == 0:
                 files = scratch / "files"
                 files.mkdir(parents=True, exist_ok=True)
-                write_files(model, files, self.processing_class, self.recipe)
+                write_files(model, files, self.processing_class, self.recipe, trained)
             source = together(mesh, lambda: self._save_into(engine, scratch))
         else:
             scratch = None
@@ -383,77 +375,6 @@ class Trainer:
             return self._stages
         data = load_data(recipe, mesh, given=self._given)
         model = together(mesh, lambda: cut_model(recipe, data.facts, self._given.model))
-        engine = together(
-            mesh, lambda: make_engine(recipe, model, mesh, device, total_steps=1)
-        )
+        engine = together(mesh, lambda: make_engine(recipe, model, mesh, device, total_steps=1))
         self._stages = (mesh, device, model, engine)
         return self._stages
-
-
-def _refuse_others(others: Mapping[str, Any]) -> None:
-    """Arguments of transformers' Trainer that have no place here, and what is no argument."""
-    instead = {
-        "compute_loss_func": _INSTEAD["compute_loss"],
-        "optimizers": "every stage makes its own optimizer: args.optim, or args.deepspeed",
-        "optimizer_cls_and_kwargs": "every stage makes its own optimizer: args.optim, or "
-        "args.deepspeed",
-    }
-    for name, value in others.items():
-        if name not in instead:
-            raise TypeError(f"Trainer() got an unexpected keyword argument '{name}'")
-        if value is not None and value != (None, None):
-            raise RecipeError(f"Trainer({name}=...) cannot be honoured: {instead[name]}.")
-
-
-def _check_data(name: str, dataset: Any) -> None:
-    """
-    Raises:
-        DataError: It cannot be read by position.
-    """
-    if isinstance(dataset, Mapping) and not isinstance(dataset, Dataset):
-        raise DataError(
-            f"{name} is a dict of {len(dataset)}: give one data set, and call "
-            "trainer.evaluate(other, metric_key_prefix=...) for the others."
-        )
-    if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise DataError(
-            f"{name} is a {type(dataset).__name__}, a stream: it has no length and no positions, "
-            "so it cannot be shuffled, or resumed, alike on all ranks. Make a map-style data set "
-            "of it, or use a recipe with data.streaming (causal-lm)."
-        )
-
-
-def _taken(model: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model object, out of its wrapper, and a recipe's ``model`` section that describes it."""
-    whole = without_wrapper(model)
-    if not isinstance(whole, PreTrainedModel):
-        raise RecipeError(
-            f"Trainer: a {type(model).__name__} is no Hugging Face model. For a list of layers use "
-            "scpl_ds.initialize(model=scpl_ds.PipelineModule(...))."
-        )
-    if any(hasattr(parameter, "ds_id") for parameter in whole.parameters()):
-        raise RecipeError(
-            "Trainer: the model's weights are partitioned by DeepSpeed's zero.Init, because "
-            "TrainingArguments(deepspeed=<ZeRO-3>) was made before it. Make the model first, or "
-            "pass its name: Trainer(model='...'), of which every rank reads its stages only."
-        )
-    for task in _TASKS:
-        try:
-            fits = isinstance(whole, model_class(whole.config, task))
-        except PartitionError:
-            continue
-        if fits:
-            name = getattr(whole.config, "_name_or_path", "") or whole.config.model_type
-            return whole, {"name_or_path": name, "task": task}
-    raise PartitionError(
-        f"Trainer: a {type(whole).__name__} is neither a sequence classifier nor a causal language "
-        "model of transformers. Use AutoModelForSequenceClassification or AutoModelForCausalLM."
-    )
-
-
-def _inputs(whole: PreTrainedModel | None, recipe: Recipe) -> list[str]:
-    """What the model's forward takes."""
-    if whole is not None:
-        return list(inspect.signature(whole.forward).parameters)
-    config = load_config(recipe.model.name_or_path, revision=recipe.model.revision)
-    return list(inspect.signature(model_class(config, recipe.model.task).forward).parameters)

@@ -68,7 +68,7 @@ def predict(
         return Predicted(None, None, metrics)
     # Last-stage ranks hold shards of the data in the order of their data-parallel numbers.
     parts = gather_objects(engine.mesh, (logits.get_arrays(), labels.get_arrays()))
-    found = [_joined([part[n] for part in parts if part[n] is not None]) for n in (0, 1)]
+    found: list[Any] = [_joined([part[n] for part in parts if part[n] is not None]) for n in (0, 1)]
     if found[1] is None:
         compute_metrics = None  # there is no truth to compare with
     own: Any = None

@@ -128,7 +128,7 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
     )
     found = (_texts if model.task == "causal-lm" else _labelled)(recipe, reading, trained)
     found.input_names = reading.input_names
-    if trained is None and not isinstance(found.train, Stream) and len(found.train) == 0:
+    if trained is None and found.facts.num_train == 0:
         raise DataError(f"data: '{recipe.data.name}' has no training split.")
     if isinstance(data := found.train, TokenizedDataset | LanguageDataset):
         labels = data.labels if isinstance(data, TokenizedDataset) else None
