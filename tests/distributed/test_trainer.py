@@ -104,9 +104,7 @@ def test_metrics_see_every_sample_once_in_order_whatever_the_ranks(folder: Path,
 def test_a_stop_that_one_rank_asks_for_in_an_evaluation_holds_for_all(folder: Path, tmp_path: Path):
     asks = {4: "should_training_stop"} if dist.get_rank() == 1 else {}
     diary = Diary(evaluate=asks)
-    made = trainer(
-        folder, tmp_path / "run", callbacks=[diary], eval_strategy="steps", eval_steps=2
-    )
+    made = trainer(folder, tmp_path / "run", callbacks=[diary], eval_strategy="steps", eval_steps=2)
     assert made.train().global_step == 4
     histories: list[Any] = [None] * 2
     dist.all_gather_object(histories, made.state.log_history)
