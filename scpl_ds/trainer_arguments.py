@@ -27,6 +27,11 @@ _OPTIMIZERS = {
     "sgd": "SGD",
     "adagrad": "Adagrad",
 }
+_UNREAD = {
+    "sgd": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "adagrad": ("adam_beta1", "adam_beta2"),
+}
+"""Optimizer -> arguments that it has no use for; TrainingArguments always has them."""
 _TRACKERS = ("wandb", "tensorboard", "mlflow")
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 _FSDP_FREE = ("min_num_params", "xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "version",
@@ -150,7 +155,11 @@ def mapping_of(
         "scpl": scpl,
         "deepspeed": deepspeed,
         "data": dict(data),
-        "train": _train(args, bool(deepspeed.get("scheduler"))),
+        "train": _train(
+            args,
+            str((deepspeed.get("optimizer") or {}).get("type", "AdamW")),
+            bool(deepspeed.get("scheduler")),
+        ),
         "trackers": trackers,
     }
 
@@ -183,7 +192,8 @@ def _optimizer(args: TrainingArguments) -> dict[str, Any]:
     return {"type": _OPTIMIZERS[_word(args.optim)], "params": {}}
 
 
-def _train(args: TrainingArguments, own_schedule: bool) -> dict[str, Any]:
+def _train(args: TrainingArguments, kind: str, own_schedule: bool) -> dict[str, Any]:
+    """The ``train`` section, beside an optimizer of that kind."""
     same = (
         "output_dir", "run_name", "num_train_epochs", "max_steps", "per_device_train_batch_size",
         "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate",
@@ -192,6 +202,9 @@ def _train(args: TrainingArguments, own_schedule: bool) -> dict[str, Any]:
         "gradient_checkpointing", "torch_compile", "eval_on_start", "logging_first_step",
     )  # fmt: skip
     train = {name: getattr(args, name) for name in same}
+    for name in _UNREAD.get(kind.lower(), ()):
+        if train[name] == _default(args, name):  # what was asked for is refused by the recipe
+            train.pop(name)
     train |= {
         "eval_strategy": _word(args.eval_strategy),
         "save_strategy": _word(args.save_strategy),

@@ -120,7 +120,8 @@ def test_the_trainer_runs_under_deepspeed_with_a_ds_config(folder: Path, tmp_pat
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
         "scpl": {"stages": 2},
     }  # fmt: skip
-    made = trainer(folder, tmp_path / "run", deepspeed=config, save_strategy="epoch")
+    with whole_world_only_for_stages():  # or TrainingArguments compiles deepspeed_shm_comm
+        made = trainer(folder, tmp_path / "run", deepspeed=config, save_strategy="epoch")
     made.train()
     made.save_model(tmp_path / "out")
     assert made.evaluate()["eval_loss"] < 0.9

@@ -64,8 +64,7 @@ def arguments(run: Path, **changes: Any) -> TrainingArguments:
 def trainer(folder: Path, run: Path, **changes: Any) -> scpl_ds.Trainer:
     """64 training and 21 evaluation samples. ``changes``: ``scpl``, what ``Trainer`` takes by its
     name, and fields of ``TrainingArguments``."""
-    own = ("model", "compute_metrics", "callbacks", "data_collator", "eval_dataset", "train_dataset",
-           "preprocess_logits_for_metrics")  # fmt: skip
+    own = ("model", "compute_metrics", "callbacks", "eval_dataset", "train_dataset")
     scpl = {**SCPL, **changes.pop("scpl", {})}
     given = {name: changes.pop(name) for name in own if name in changes}
     given = {

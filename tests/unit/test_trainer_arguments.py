@@ -97,7 +97,7 @@ def test_every_refused_field_is_tried():
         ({"label_names": ["start_positions"]}, "label_names"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
         (
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            {"activation_checkpointing_kwargs": {"use_reentrant": True}},
             "gradient_checkpointing_kwargs",
         ),
     ],
