@@ -73,7 +73,8 @@ def predict(
         compute_metrics = None  # there is no truth to compare with
     own: Any = None
     if compute_metrics is not None and engine.mesh.rank == 0:
-        own = compute_metrics(EvalPrediction(predictions=found[0], label_ids=found[1]))
+        predictions, label_ids = found
+        own = compute_metrics(EvalPrediction(predictions=predictions, label_ids=label_ids))
     if compute_metrics is not None:
         metrics |= {f"val/{name}": n for name, n in _numbers(broadcast_object(engine.mesh, own))}
     return Predicted(found[0], found[1], metrics)

@@ -93,10 +93,10 @@ def test_what_one_rank_asks_for_all_ranks_do_after_the_same_step(
 def test_metrics_see_every_sample_once_in_order_whatever_the_ranks(folder: Path, tmp_path: Path):
     """21 samples on 2 data-parallel ranks: one of them has a sample less."""
     made = trainer(folder, tmp_path / "run", compute_metrics=accuracy)
-    found = made.predict(made.eval_dataset)
+    found: Any = made.predict(made.eval_dataset)
     assert found.label_ids.tolist() == [n % 2 for n in range(21)]
     assert found.metrics["test_right"] == found.metrics["test_accuracy"]
-    alone = made.predict(made.eval_dataset.select(range(7, 8)))
+    alone: Any = made.predict(made.eval_dataset.select(range(7, 8)))
     assert np.allclose(alone.predictions[0], found.predictions[7], rtol=1e-4, atol=1e-5)
 
 

@@ -32,7 +32,7 @@ def test_a_script_trains_evaluates_predicts_and_saves_a_model_that_predicts_the_
     assert trained.global_step == made.state.global_step == 8
     assert after["eval_loss"] != before["eval_loss"]
     assert after["eval_right"] == after["eval_accuracy"] and after["eval_first"] == 0.0
-    found = made.predict(made.eval_dataset)
+    found: Any = made.predict(made.eval_dataset)
     assert found.metrics["test_right"] == after["eval_right"]
     made.save_model(tmp_path / "out")
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
@@ -45,7 +45,7 @@ def test_a_script_trains_evaluates_predicts_and_saves_a_model_that_predicts_the_
 
 
 def test_the_model_that_is_given_is_the_model_that_is_trained(folder: Path, tmp_path: Path):
-    model = model_in(folder)
+    model: Any = model_in(folder)
     with torch.no_grad():
         model.classifier.weight.fill_(0.125)
     made = trainer(folder, tmp_path / "run", model=model)
@@ -162,7 +162,7 @@ def test_a_model_that_is_no_hugging_face_model_of_a_task_is_refused(folder: Path
 def test_predictions_of_data_without_labels_are_given(folder: Path, tmp_path: Path):
     bare = data(21, seed=2).remove_columns(["label"])
     made = trainer(folder, tmp_path / "run", compute_metrics=accuracy)
-    found = made.predict(bare)
+    found: Any = made.predict(bare)
     assert found.predictions.shape == (21, 2) and found.label_ids is None
     assert np.array_equal(found.predictions, made.predict(made.eval_dataset).predictions)
 
