@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from scpl_ds.partition.layer_list import LayerSpec, TiedLayerSpec
     from scpl_ds.recipe import Recipe, load_recipe
     from scpl_ds.trainer import fit
+    from scpl_ds.trainer_hf import Trainer
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOME = {
     "PipelineModule": "scpl_ds.build",
     "Recipe": "scpl_ds.recipe",
     "TiedLayerSpec": "scpl_ds.partition.layer_list",
+    "Trainer": "scpl_ds.trainer_hf",
     "fit": "scpl_ds.trainer",
     "initialize": "scpl_ds.build",
     "load_recipe": "scpl_ds.recipe",
@@ -34,6 +36,7 @@ __all__ = [
     "PipelineModule",
     "Recipe",
     "TiedLayerSpec",
+    "Trainer",
     "__version__",
     "fit",
     "initialize",

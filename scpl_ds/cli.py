@@ -200,7 +200,8 @@ def _plan(args: argparse.Namespace) -> int:
     from scpl_ds.distributed.world import RankEnv, pick_device
     from scpl_ds.memory import Workload
     from scpl_ds.memory_report import describe
-    from scpl_ds.setup import cut_model, draw_schedule
+    from scpl_ds.setup import cut_model
+    from scpl_ds.setup_schedule import draw_schedule
 
     model = cut_model(recipe)
     asked = recipe.scpl.pipeline_ranks
@@ -278,9 +279,8 @@ def _export(args: argparse.Namespace) -> int:
     export_checkpoint(folder, out, task=task, merge=args.merge, max_shard_size=size, result=scores)
     sys.stdout.write(f"{out}\n")
     if args.push_to_hub is not None:
-        where = Destination(args.push_to_hub, args.private or None, args.revision)
-        url = push(out, where, message=f"scpl_ds: {folder.name}")
-        sys.stdout.write(f"{url}\n")
+        to = Destination(args.push_to_hub, args.private or None, args.revision)
+        sys.stdout.write(f"{push(out, to, message=f'scpl_ds: {folder.name}')}\n")
     return 0
 
 

@@ -94,15 +94,18 @@ class Score:
         return whole | exits
 
 
-def evaluate(
-    engine: Engine, loader: BatchLoader, *, see: Callable[[Evaluated], None] | None = None
-) -> Score:
+See = Callable[[Evaluated], None]
+"""Takes a micro-batch of the last stage; its labels are None where the data have none."""
+
+
+def evaluate(engine: Engine, loader: BatchLoader, *, see: See | None = None) -> Score:
     """Score the evaluation data over all stages; every rank calls it and gets the whole score.
 
     Args:
         engine: The stages.
         loader: Evaluation data; read on first-stage ranks, elsewhere it only counts.
-        see: Gets each micro-batch that is scored, in order, on the last stage's ranks.
+        see: Called with each micro-batch of this rank, in order, on the last stage's ranks; those
+            that are there to fill up are left out.
     """
     own = Score()
     batches = iter(loader) if engine.is_first_stage() else None
@@ -116,7 +119,7 @@ def evaluate(
 
 
 def diagnose(
-    engine: Engine, loader: BatchLoader, *, see: Callable[[Evaluated], None] | None = None
+    engine: Engine, loader: BatchLoader, *, see: See | None = None
 ) -> tuple[Score, dict[str, float]]:
     """:func:`evaluate`, and what the features of every stage are worth
     (``stage{k}/nearest_class_accuracy`` and so on, ``objectives._probe.Probe``), mean over
@@ -139,12 +142,13 @@ def diagnose(
     return score, {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _count(score: Score, output: Evaluated, see: Callable[[Evaluated], None] | None) -> None:
-    if output.logits is None or output.labels is None:
+def _count(score: Score, output: Evaluated, see: See | None) -> None:
+    if output.logits is None:
         return
-    score.add(output.logits, output.labels, output.exits)
     if see is not None:
         see(output)
+    if output.labels is not None:
+        score.add(output.logits, output.labels, output.exits)
 
 
 def evaluate_run(
@@ -196,8 +200,8 @@ def evaluate_run(
     own: list[Tensor] = []
 
     def keep(output: Evaluated) -> None:
-        if output.logits is not None:
-            own.append(output.logits.cpu())
+        assert output.logits is not None
+        own.append(output.logits.cpu())
 
     score = evaluate(engine, loader, see=None if logits_file is None else keep)
     if logits_file is not None:

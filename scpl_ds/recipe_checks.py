@@ -48,7 +48,8 @@ def across(sections: Mapping[str, Any]) -> list[Problem]:
     if train.save_deepspeed_files and train.save_async:
         message = "cannot be written in the background; remove it or train.save_async"
         problems.append(Problem("train.save_deepspeed_files", message))
-    if model is not None and train.best_metric is not None:
+    own = getattr(getattr(data, "options", None), "own_metrics", False)
+    if model is not None and train.best_metric is not None and not own:
         problems += _best(train.best_metric, model.task)
     if data is not None and getattr(data.options, "streaming", False):
         problems += _streaming(train, model)

@@ -39,6 +39,8 @@ _NOT_IN_FINGERPRINT = {
         "output_dir",
         "run_name",
         "logging_steps",
+        "logging_first_step",
+        "eval_on_start",
         "eval_strategy",
         "eval_steps",
         "save_strategy",

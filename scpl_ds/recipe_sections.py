@@ -222,8 +222,12 @@ class TrainSection(HubKeys):
     stays at its peak, so that ``scpl.polish`` still has something to move with."""
     logging_steps: Count = 10
     """Optimizer steps between two log lines."""
+    logging_first_step: bool = False
+    """Log the first step too."""
     eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to evaluate; ``steps`` when ``eval_steps`` is set."""
+    eval_on_start: bool = False
+    """Evaluate once before the first step."""
     eval_steps: Count | None = None
     """Optimizer steps between two evaluations; with ``steps`` alone, ``logging_steps``."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
@@ -254,6 +258,8 @@ class TrainSection(HubKeys):
     ``auto``: from the latest if there is a complete one, else anew, for restarts by a launcher."""
     seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(not_bool)] = 42
     """Seed of new weights, data order and dropout."""
+    data_seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(not_bool)] | None = None
+    """Seed of the data order; default ``seed``."""
     dataloader_num_workers: Annotated[int, Field(ge=0), BeforeValidator(not_bool)] = 0
     """Processes that prepare batches ahead; 0: this one does, for a GPU in a thread of its own."""
     group_by_length: bool = False
@@ -349,6 +355,11 @@ class TrainSection(HubKeys):
         if problems:
             raise nested(problems)
         return self
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of the training data follows from."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def best_metric(self) -> str | None:

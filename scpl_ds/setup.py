@@ -6,45 +6,51 @@ import dataclasses
 import itertools
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from scpl_ds import checkpoint, registry
 from scpl_ds.build import build_engine
-from scpl_ds.build_checks import stage_section
+from scpl_ds.build_checks import refuse_half, refuse_idle, stage_section
 from scpl_ds.build_plan import plan_stages
 from scpl_ds.build_times import Stopwatch, from_rank_0
 from scpl_ds.checkpoint_damage import scpl_of
 from scpl_ds.data.demo import resolve_model_path
-from scpl_ds.data.prepared import Data, Facts, read
+from scpl_ds.data.given import Given, data_of
+from scpl_ds.data.loader import BatchLoader
+from scpl_ds.data.prepared import Data, Facts, make_loaders, read
+from scpl_ds.data.stream_loader import StreamLoader
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.distributed.world import RankEnv, init_world, pick_device, set_cpu_threads
+from scpl_ds.ds_limits import TORCH_BACKENDS
 from scpl_ds.engine import Engine
 from scpl_ds.errors import DataError, OtherRankFailed, RecipeError, ScplError
+from scpl_ds.meter import MemoryWatch
 from scpl_ds.optim import lr_schedule
-from scpl_ds.partition.anatomy import Anatomy, anatomy_of
+from scpl_ds.partition.anatomy import Anatomy, analyze, anatomy_of
 from scpl_ds.partition.config import load_config
 from scpl_ds.partition.footprint import longest_sequence
 from scpl_ds.partition.loading import load_stage
 from scpl_ds.partition.lora import Adapters, plan_adapters
-from scpl_ds.partition.matrices import matrices_of_stages
+from scpl_ds.partition.lora_base import take_as_given
+from scpl_ds.partition.matrices import Matrices, matrices_of, matrices_of_stages
 from scpl_ds.partition.plan import LayerTimes, PartitionPlan, stages_of_rank
 from scpl_ds.partition.prepare import prepare
+from scpl_ds.partition.stage_module import PreTrainedModel, stage_from_model
+from scpl_ds.progress import Progress
 from scpl_ds.recipe import Recipe, check_world
 from scpl_ds.run_folder import RunFolder, versions
-from scpl_ds.schedules import bubble_fraction, render, simulate
 from scpl_ds.stage import StageBody, as_body
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _COMMIT = "scpl_ds_commit"
-_SIMULATED = 2000
-"""Pieces of work that a predicted bubble may take: some hundredths of a second."""
 _MUST_AGREE = ("scpl-ds", _COMMIT, "torch", "transformers", "deepspeed")
 """What another version of may change numbers or messages."""
 
@@ -59,6 +65,44 @@ class Model:
     plan: PartitionPlan
     adapters: Adapters | None = None
     """Trained in the place of the layers' weights."""
+    whole: PreTrainedModel | None = None
+    """The model itself, where a script gave it: its stages share its tensors."""
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a run works with."""
+
+    data: Data
+    model: Model
+    train_loader: BatchLoader | StreamLoader
+    eval_loader: BatchLoader | None
+    progress: Progress
+    memory: MemoryWatch
+    """Begun before the stages were loaded."""
+    engine: Engine
+
+
+def make_parts(
+    recipe: Recipe, mesh: Mesh, device: torch.device, given: Given | None = None
+) -> Parts:
+    """Read the data, cut the model and build the engine; every rank calls it.
+
+    Args:
+        recipe: Of the run.
+        mesh: Its ranks.
+        device: Of this rank.
+        given: In the place of what the recipe's ``model`` and ``data`` name.
+    """
+    data = load_data(recipe, mesh, given=given)
+    whole = None if given is None else given.model
+    model = together(mesh, lambda: cut_model(recipe, data.facts, whole))
+    train, held_out = together(mesh, lambda: make_loaders(recipe, data, mesh, device))
+    progress = Progress.of(recipe, train, mesh.dp_size)
+    memory, steps = MemoryWatch(device), progress.total_steps
+    engine = together(mesh, lambda: make_engine(recipe, model, mesh, device, total_steps=steps))
+    together(mesh, lambda: refuse_idle(engine.stages, mesh))
+    return Parts(data, model, train, held_out, progress, memory, engine)
 
 
 def start_world(recipe: Recipe) -> tuple[Mesh, torch.device]:
@@ -116,7 +160,9 @@ def together(mesh: Mesh, work: Callable[[], T]) -> T:
     return result
 
 
-def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Data:
+def load_data(
+    recipe: Recipe, mesh: Mesh, *, trained: Path | None = None, given: Given | None = None
+) -> Data:
     """Load, check and tokenise on first-stage ranks, and tell the others what they must know.
 
     Args:
@@ -125,12 +171,20 @@ def load_data(recipe: Recipe, mesh: Mesh, *, trained: Path | None = None) -> Dat
         trained: Given, the data are only scored: by the model whose ``config.json`` is in this
             folder. Its classes hold, nothing is tokenised for training, and no training data are
             needed.
+        given: What a script has read already, in the place of ``recipe.data``.
     """
-    data = together(mesh, lambda: read(recipe, trained) if mesh.pp_rank == 0 else None)
+    whole = None if given is None else given.model
+
+    def own() -> Data | None:
+        if mesh.pp_rank != 0:
+            return None
+        return read(recipe, trained) if given is None else data_of(recipe, given)
+
+    data = together(mesh, own)
     _refuse_other_data(mesh, data)
     facts: Facts = broadcast_object(mesh, data.facts if data is not None else None)
     if recipe.scpl.partition == "time":
-        facts = from_rank_0(mesh, lambda: _with_cut(recipe, facts, trained))
+        facts = from_rank_0(mesh, lambda: _with_cut(recipe, facts, trained, whole))
     if data is None:
         return Data(facts, None, range(facts.num_train or 0), range(facts.num_eval))
     data.facts = facts
@@ -150,7 +204,9 @@ def _refuse_other_data(mesh: Mesh, data: Data | None) -> None:
             )
 
 
-def _with_cut(recipe: Recipe, facts: Facts, trained: Path | None) -> Facts:
+def _with_cut(
+    recipe: Recipe, facts: Facts, trained: Path | None, whole: PreTrainedModel | None
+) -> Facts:
     """What ``scpl.partition: time`` cuts by. Times are never the same twice, so a run that goes on
     keeps the cut of its checkpoint: another one would give other numbers."""
     folder = None if trained is None else trained.parent
@@ -162,7 +218,7 @@ def _with_cut(recipe: Recipe, facts: Facts, trained: Path | None) -> Facts:
         if len(bounds) - 1 == recipe.scpl.stages and (by_time or trained is not None):
             log.info("scpl.partition: time keeps the cut of %s, at layers %s", folder, bounds)
             return dataclasses.replace(facts, kept_bounds=tuple(bounds))
-    return dataclasses.replace(facts, times=_measure(recipe, *_anatomy(recipe, facts)))
+    return dataclasses.replace(facts, times=_measure(recipe, *_anatomy(recipe, facts, whole)))
 
 
 def _measure(recipe: Recipe, config: Any, anatomy: Anatomy) -> LayerTimes:
@@ -179,16 +235,18 @@ def _measure(recipe: Recipe, config: Any, anatomy: Anatomy) -> LayerTimes:
     )
 
 
-def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
+def cut_model(
+    recipe: Recipe, facts: Facts | None = None, whole: PreTrainedModel | None = None
+) -> Model:
     """Config, anatomy and plan of the recipe's model; reads no weights and needs no process group.
 
     With ``scpl.partition: time`` several ranks need ``facts``, which say what rank 0 measured;
-    without them this process measures.
+    without them this process measures. ``whole`` stands in the place of the recipe's model.
 
     Raises:
         PartitionError: The model cannot be cut as asked.
     """
-    config, anatomy = _anatomy(recipe, facts)
+    config, anatomy = _anatomy(recipe, facts, whole)
     times, kept = (None, None) if facts is None else (facts.times, facts.kept_bounds)
     if recipe.scpl.partition == "time" and times is None and kept is None:
         times = _measure(recipe, config, anatomy)  # `scpl-ds plan`: no ranks to agree with
@@ -199,10 +257,16 @@ def cut_model(recipe: Recipe, facts: Facts | None = None) -> Model:
     asked, task, adapters = recipe.model.lora, recipe.model.task, None
     if asked is not None:
         adapters = plan_adapters(config, task, anatomy, asked, seed=recipe.train.seed)
-    return Model(resolve_model_path(recipe.model.name_or_path), config, anatomy, plan, adapters)
+    path = recipe.model.name_or_path
+    path = resolve_model_path(path) if whole is None else path
+    return Model(path, config, anatomy, plan, adapters, whole)
 
 
-def _anatomy(recipe: Recipe, facts: Facts | None) -> tuple[Any, Anatomy]:
+def _anatomy(
+    recipe: Recipe, facts: Facts | None, whole: PreTrainedModel | None
+) -> tuple[Any, Anatomy]:
+    if whole is not None:
+        return whole.config, analyze(whole)
     model = recipe.model
     config = load_config(
         resolve_model_path(model.name_or_path),
@@ -214,66 +278,65 @@ def _anatomy(recipe: Recipe, facts: Facts | None) -> tuple[Any, Anatomy]:
     return config, anatomy_of(config, model.task, attn_implementation=model.attn_implementation)
 
 
-def draw_schedule(recipe: Recipe, num_stages: int, num_micro_batches: int) -> str:
-    """The timeline of one step under the recipe's schedule, one rank a stage."""
-    scpl = recipe.scpl
-    backprop, name = scpl.method != "scpl", scpl.order
-    schedule = registry.resolve("schedule", name, where="scpl.schedule")
-    num_micro_batches = 1 if name == "naive" else num_micro_batches
-    try:
-        slots = simulate(schedule, num_stages, num_micro_batches, gradients_travel_back=backprop)
-        learn = [s for s in slots if s.kind == "F" or s.stage >= scpl.freeze_stages]
-        return render(learn)
-    except Exception as error:  # anybody's code, perhaps made for several stages a rank
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"(not drawn with one rank a stage: {reason})"
-
-
-def predict_bubble(
-    recipe: Recipe, model: Model, *, pipeline_ranks: int, micro_batches: int, total_steps: int
-) -> tuple[float, int] | None:
-    """Share of the ranks' time that the schedule leaves idle, and the steps it was simulated over.
-
-    Stages take as long as their times, where they were measured, else as their forward FLOPs, and
-    twice that in backward; messages and optimizer steps take nothing. None: the schedule is not one
-    that can be simulated.
-    """
-    scpl, plan = recipe.scpl, model.plan
-    stages, backprop = plan.num_stages, scpl.method != "scpl"
-    # Where all stages meet in every step, the next one fills the pipeline again.
-    flushes = backprop or scpl.sync == "step" or scpl.clip_scope == "global"
-    micro_batches = 1 if scpl.order == "naive" else micro_batches
-    most = max(1, _SIMULATED // (3 * stages * micro_batches))
-    steps = 1 if flushes else min(total_steps, 10, most)
-    times = plan.times
-    work = plan.stage_flops(model.anatomy) if times is None else (plan.stage_seconds() or [])
-    frozen = range(0 if backprop else scpl.freeze_stages)
-    try:
-        slots = simulate(
-            registry.resolve("schedule", scpl.order, where="scpl.schedule"),
-            stages,
-            micro_batches,
-            forward=[each / 3 for each in work],
-            backward=[0.0 if k in frozen else each * 2 / 3 for k, each in enumerate(work)],
-            gradients_travel_back=backprop,
-            num_steps=steps,
-            placement=[list(each) for each in stages_of_rank(stages, pipeline_ranks)],
-        )
-        return bubble_fraction(slots), steps
-    except Exception as error:  # anybody's code, perhaps made for one stage a rank
-        log.debug("the bubble is not predicted: %s: %s", type(error).__name__, error)
-        return None
-
-
 def make_engine(
     recipe: Recipe, model: Model, mesh: Mesh, device: torch.device, *, total_steps: int
 ) -> Engine:
     """Load this rank's stages and build the engine over them."""
     section, seed = recipe.deepspeed, recipe.train.seed
+    factor = lr_schedule(section, recipe.train, total_steps)
+    whole = model.whole
+    sources = (
+        _stages_of_files(recipe, model)
+        if whole is None
+        else _stages_of_model(recipe, model, whole, mesh)
+    )
+    return build_engine(
+        model.plan,
+        sources.make_body,
+        recipe.scpl,
+        section,
+        mesh,
+        device,
+        num_labels=model.config.num_labels,
+        seed=seed,
+        lr_at=lambda step: section.lr * factor(step),
+        total_steps=total_steps,
+        make_span=sources.make_span,
+        matrices=sources.matrices,
+    )
+
+
+class _Stages(NamedTuple):
+    """What ``build_engine`` makes stages of."""
+
+    make_body: Callable[[int], StageBody]
+    make_span: Callable[[int, int, int], StageBody] | None
+    matrices: Matrices
+
+
+def _stages_of_model(recipe: Recipe, model: Model, whole: PreTrainedModel, mesh: Mesh) -> _Stages:
+    """Stages that share the tensors of a model in memory. Made before anything is sharded: ties
+    that cross stages are copied."""
+    anatomy, plan, section = model.anatomy, model.plan, recipe.deepspeed
+    backend = registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding")
+    if recipe.scpl.sharding in TORCH_BACKENDS:
+        take_as_given(whole, section.autocast or section.precision)
+    for k in range(plan.num_stages):
+        refuse_half(whole, backend.weights_dtype(stage_section(section, recipe.scpl, k)))
+    own = stages_of_rank(plan.num_stages, mesh.pp_size)[mesh.pp_rank]
+    bodies = {
+        k: as_body(prepare(stage_from_model(whole, anatomy, *plan.span(k)), recipe.train))
+        for k in own
+    }
+    return _Stages(bodies.__getitem__, None, lambda names: matrices_of(whole, names))
+
+
+def _stages_of_files(recipe: Recipe, model: Model) -> _Stages:
+    """Stages of which only their own tensors are read."""
+    section, seed = recipe.deepspeed, recipe.train.seed
     backend = registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding")
     asked = ("attn_implementation", "revision")
     extra = {key: found for key in asked if (found := getattr(recipe.model, key)) is not None}
-    factor = lr_schedule(section, recipe.train, total_steps)
 
     def load(start: int, end: int, k: int) -> StageBody:
         stage = load_stage(
@@ -290,24 +353,14 @@ def make_engine(
         )
         return as_body(prepare(stage, recipe.train))
 
-    return build_engine(
-        model.plan,
-        lambda k: load(*model.plan.span(k), k),
-        recipe.scpl,
-        section,
-        mesh,
-        device,
-        num_labels=model.config.num_labels,
-        seed=seed,
-        lr_at=lambda step: section.lr * factor(step),
-        total_steps=total_steps,
-        make_span=load,
-        matrices=lambda names: matrices_of_stages(
+    def matrices(names: Collection[str]) -> Mapping[str, Tensor]:
+        return matrices_of_stages(
             lambda start, end: load_stage(
                 model.path, recipe.model.task, model.anatomy, start, end,
                 config=model.config, seed=seed, only_read=True, **extra,
             ),
             model.anatomy,
             names,
-        ),
-    )  # fmt: skip
+        )  # fmt: skip
+
+    return _Stages(lambda k: load(*model.plan.span(k), k), load, matrices)

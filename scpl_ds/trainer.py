@@ -14,34 +14,25 @@ import torch
 
 from scpl_ds import checkpoint, export
 from scpl_ds import trainer_words as words
-from scpl_ds.build_checks import refuse_idle
 from scpl_ds.build_times import from_rank_0
 from scpl_ds.checkpoint_disk import writing
-from scpl_ds.data.prepared import Data, make_loaders, saved_position
+from scpl_ds.data.prepared import saved_position
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.patience import wait_for_all
-from scpl_ds.engine import Engine
 from scpl_ds.errors import CheckpointError
-from scpl_ds.evaluation import diagnose, evaluate
+from scpl_ds.evaluation import diagnose
 from scpl_ds.generation import Samples
-from scpl_ds.meter import MemoryWatch
-from scpl_ds.progress import Progress
 from scpl_ds.recipe import Recipe
 from scpl_ds.reporting import Reporter
 from scpl_ds.run_folder import RunFolder
-from scpl_ds.setup import (
-    Model,
-    cut_model,
-    load_data,
-    make_engine,
-    start_world,
-    together,
-)
+from scpl_ds.setup import Parts, make_parts, start_world, together
 from scpl_ds.trainer_best import Best
 from scpl_ds.trainer_end import export_run, named, publish, score_export
+from scpl_ds.trainer_files import write_model_files
 from scpl_ds.trainer_guard import Guard, Health, guarded
-from scpl_ds.trainer_saves import after_save, state_of, write_model_files
+from scpl_ds.trainer_hooks import Hooks
+from scpl_ds.trainer_saves import after_save, state_of
 
 log = logging.getLogger(__name__)
 _SETTLE_S = 8.0
@@ -71,7 +62,17 @@ def fit(recipe: Recipe, *, on_ready: Callable[[RunFolder], None] | None = None) 
 
 
 class Run:
-    """One run of a recipe on this rank."""
+    """One run of a recipe on this rank.
+
+    Args:
+        recipe: What to do.
+        mesh: The ranks.
+        device: Of this rank.
+        guard: Around this run.
+        on_ready: As in ``fit``.
+        hooks: Whom it tells how it goes.
+        parts: Given, the run works with these and leaves its engine to whoever made them.
+    """
 
     def __init__(
         self,
@@ -81,26 +82,21 @@ class Run:
         guard: Guard,
         *,
         on_ready: Callable[[RunFolder], None] | None = None,
+        hooks: Hooks | None = None,
+        parts: Callable[[], Parts] | None = None,
     ) -> None:
         self.recipe, self.mesh, self.device = recipe, mesh, device
         self.guard, self.folder = guard, guard.folder
         self.is_main = mesh.rank == 0
         together(mesh, self._check_folders)
         resume = from_rank_0(mesh, self._find_checkpoint)
-        self.data: Data = load_data(recipe, mesh)
-        self.model: Model = together(mesh, lambda: cut_model(recipe, self.data.facts))
-        self.train_loader, self.eval_loader = together(
-            mesh, lambda: make_loaders(recipe, self.data, mesh, device)
-        )
-        self.progress = Progress.of(recipe, self.train_loader, mesh.dp_size)
-        self.memory, self.best, self.start = MemoryWatch(device), Best(recipe.train), words.Start()
-        self.engine: Engine = together(
-            mesh,
-            lambda: make_engine(
-                recipe, self.model, mesh, device, total_steps=self.progress.total_steps
-            ),
-        )
-        together(mesh, lambda: refuse_idle(self.engine.stages, mesh))
+        self.hooks, self._frees_engine = hooks or Hooks(), parts is None
+        made = make_parts(recipe, mesh, device) if parts is None else parts()
+        self.data, self.model, self.memory = made.data, made.model, made.memory
+        self.train_loader, self.eval_loader = made.train_loader, made.eval_loader
+        self.progress, self.engine = made.progress, made.engine
+        self.best, self.start = Best(recipe.train), words.Start()
+        del made  # holds the engine
         together(mesh, lambda: self.best.check(self.model.plan.bounds, self.data.facts.num_eval))
         if resume is not None:
             together(mesh, lambda: self._restore(resume))
@@ -164,6 +160,7 @@ class Run:
             )
         self.train_loader.restore(state["data"])
         self.best.restore(state.get("best"), folder.parent)
+        self.hooks.restore(state)
         if state.get("fingerprint") != self.recipe.fingerprint() and self.is_main:
             log.warning(
                 "The recipe is not the one %s was saved under (%s): the run goes on with the new "
@@ -191,6 +188,7 @@ class Run:
             raise
         self.trackers.finish(result)
         wait_for_all(self.mesh)  # rank 0 may have had much to upload
+        self.hooks.end()
         return result
 
     def _fit(self) -> dict[str, Any]:
@@ -198,6 +196,10 @@ class Run:
         self.report.start()
         with self.report.paused():
             self._calibrate()
+        self.hooks.begin(self)
+        if train.eval_on_start and progress.done == 0 and self.eval_loader is not None:
+            with self.report.paused():
+                self._evaluate(0)
         batches = iter(self.train_loader) if self.engine.is_first_stage() else None
         if progress.done >= progress.total_steps:
             with self.report.paused():
@@ -205,10 +207,13 @@ class Run:
         for step in range(progress.done + 1, progress.total_steps + 1):
             if self.guard.stop.due(step - 1):
                 return self._stop(step - 1)
+            self.hooks.before_step(step)
             with self.report.step(step):
                 self.engine.train_batch(batches)
-            last = step == progress.total_steps
-            if step % train.logging_steps == 0 or last:
+            self.hooks.after_step(step)
+            asked, last = self.hooks.asked, step == progress.total_steps
+            first = step == 1 and train.logging_first_step
+            if step % train.logging_steps == 0 or last or first or asked.log:
                 extra = {"lr": self.engine.lr_at(step - 1)}
                 if progress.steps_per_epoch is not None:
                     extra["epoch"] = progress.epoch(step)
@@ -217,14 +222,19 @@ class Run:
             if (self.eval_loader or self.samples) is not None and (
                 progress.due(train.eval_strategy, train.eval_steps, step)
                 or (last and train.eval_strategy != "no")
+                or asked.evaluate
             ):
                 with self.report.paused():
                     self._evaluate(step)
-            if progress.due(train.save_strategy, train.save_steps, step) or (
-                last and (train.save_strategy != "no" or train.export)
+            if (
+                progress.due(train.save_strategy, train.save_steps, step)
+                or ((last or asked.stop) and (train.save_strategy != "no" or train.export))
+                or asked.save
             ):
                 with self.report.paused():
                     self._save(step)
+            if asked.stop:
+                break
         return self._finish()
 
     def _calibrate(self) -> None:
@@ -269,7 +279,7 @@ class Run:
                 done, self.progress.total_steps,
             )  # fmt: skip
         if self.eval_loader is not None and train.eval_strategy != "no":
-            self.last_eval = evaluate(self.engine, self.eval_loader).metrics()
+            self.last_eval = self.hooks.score(self.engine, self.eval_loader)
         if train.export:
             self._save(done)
 
@@ -277,6 +287,7 @@ class Run:
         """Give the trackers what has arrived, and end a run that has gone wrong."""
         for step, values in self.report.show():
             self.health.logged(step, values)
+            self.hooks.logged(step, values)
 
     def _evaluate(self, step: int) -> None:
         self.engine.drain()
@@ -287,14 +298,16 @@ class Run:
             see = None if self.predictions is None else self.predictions.see
             if self.recipe.train.diagnostics:
                 score, more = diagnose(self.engine, self.eval_loader, see=see)
+                self.last_eval = score.metrics()
             else:
-                score = evaluate(self.engine, self.eval_loader, see=see)
-            self.last_eval, self.evaluated = score.metrics(), step
+                self.last_eval = self.hooks.score(self.engine, self.eval_loader, see=see)
+            self.evaluated = step
             together(self.mesh, lambda: self.best.scored(step, self.last_eval))
             self.report.show()
             self.trackers.log({**self.last_eval, **more}, step)
             if self.predictions is not None:
                 self.trackers.table("predictions", self.predictions.take(self.mesh), step)
+            self.hooks.evaluated(step, self.last_eval)
         if self.samples is not None:
             self.trackers.table("samples", self.samples.take(self.engine), step)
 
@@ -316,6 +329,7 @@ class Run:
             ),
         )
         self.saved = step
+        self.hooks.saved(step)
 
     # -- after the last step ---------------------------------------------------------------
 
@@ -326,7 +340,8 @@ class Run:
             words.log_memory(self, totals.peaks)
             self.report.log_shares(totals)
         stages, steps = self.engine.num_stages, self.engine.global_steps
-        self._free_engine()
+        if self._frees_engine:
+            self._free_engine()
         exported = together(self.mesh, self._export)
         final = together(self.mesh, lambda: self._final_score(exported))
         result: dict[str, Any] = {}

@@ -7,38 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scpl_ds.data.prepared import saved_position
-from scpl_ds.partition.config import generation_config
-from scpl_ds.partition.lora import save_config
 from scpl_ds.run_folder import versions
 from scpl_ds.trackers._base import Artifact
-from scpl_ds.trainer_words import partition_of, write_start
+from scpl_ds.trainer_words import partition_of
 
 if TYPE_CHECKING:
     from scpl_ds.trainer import Run
-
-
-def write_model_files(run: Run, trained: list[str]) -> None:
-    """Config, tokenizer, plan and ``about.json`` into the run folder; the first two go into every
-    checkpoint.
-
-    Args:
-        run: The run.
-        trained: Names of what it trains, where the rest is frozen.
-    """
-    model, asked, folder = run.model, run.recipe.model, run.folder
-    folder.model_files.mkdir(exist_ok=True)
-    model.config.save_pretrained(folder.model_files)
-    if asked.task == "causal-lm":
-        own = generation_config(model.path, revision=asked.revision)
-        if own is not None:
-            own.to_json_file(folder.model_files / "generation_config.json")
-    run.data.tokenizer.save_pretrained(folder.model_files)
-    if model.adapters is not None:
-        save_config(
-            model.adapters, folder.model_files, model.anatomy, trained,
-            base=model.path, revision=asked.revision,
-        )  # fmt: skip
-    write_start(run)
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -52,6 +26,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "data_parallel": run.mesh.dp_size,
         "tracker_runs": run.trackers.run_ids(),
         "best": run.best.state(),
+        **run.hooks.kept(),
     }
 
 

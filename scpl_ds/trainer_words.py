@@ -20,14 +20,15 @@ from scpl_ds.memory import RankMemory, Workload
 from scpl_ds.memory_report import compare, predicted, render_ranks
 from scpl_ds.memory_sizes import show_size
 from scpl_ds.meter_machine import describe_machine
-from scpl_ds.partition.config import generation_config
+from scpl_ds.partition.config import GenerationConfig, generation_config
 from scpl_ds.partition.plan import render_plan
 from scpl_ds.run_folder import versions
-from scpl_ds.setup import draw_schedule, predict_bubble
+from scpl_ds.setup_schedule import draw_schedule, predict_bubble
 from scpl_ds.trackers._base import TrackerSet
 from scpl_ds.trainer_end import destination
 
 if TYPE_CHECKING:
+    from scpl_ds.setup import Model
     from scpl_ds.trainer import Run
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,15 @@ def samples_of(run: Run) -> Samples | None:
     prompts, most = run.recipe.train.sample_prompts, run.recipe.train.sample_max_new_tokens
     if not prompts:
         return None
-    model, revision = run.model, run.recipe.model.revision
-    own = generation_config(model.path, revision=revision) if run.is_main else None
-    return Samples(run.data.tokenizer, prompts, most, model.config, own)
+    own = own_generation_config(run.model, run.recipe.model.revision) if run.is_main else None
+    return Samples(run.data.tokenizer, prompts, most, run.model.config, own)
+
+
+def own_generation_config(model: Model, revision: str | None) -> GenerationConfig | None:
+    """How the model generates, if it says so."""
+    if model.whole is not None:
+        return model.whole.generation_config
+    return generation_config(model.path, revision=revision)
 
 
 def predictions_of(run: Run) -> Predictions | None:
@@ -91,11 +98,13 @@ def warn_of_no_upload(run: Run) -> None:
 
 def write_start(run: Run) -> None:
     """On rank 0: ``plan.txt``, for people, and ``about.json``, which ``scpl-ds report`` reads."""
-    work = Workload.of(run.recipe, run.model, run.device.type)
-    with torch.random.fork_rng(devices=[]):
-        run.start.memory = predicted(work, run.mesh.pp_size, run.mesh.dp_size)
-    found = run.start.memory
-    table = found if isinstance(found, str) else render_ranks(found, work)
+    if run.model.whole is not None:  # its stages share tensors that the prediction would count
+        run.start.memory = table = "not predicted for a model that a script made"
+    else:
+        work = Workload.of(run.recipe, run.model, run.device.type)
+        with torch.random.fork_rng(devices=[]):
+            run.start.memory = found = predicted(work, run.mesh.pp_size, run.mesh.dp_size)
+        table = found if isinstance(found, str) else render_ranks(found, work)
     run.start.about = about(run)
     write_text(run.folder.plan, "\n\n".join([*_banner(run), table]) + "\n")
     starts = [*run.folder.starts(), {"step": run.progress.done, "at": run.start.about["started"]}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _other_text(recipe: Recipe, path: Path, mesh: Mesh) -> BatchLoader:
 
 def _split(data: Data, validation: float) -> tuple[Data, int]:
     """The training data without the held-out ones, which are evaluated; and how many those are."""
-    assert not isinstance(data.train, range | Stream)
+    assert isinstance(data.train, Sized) and not isinstance(data.train, range | Stream)
     order = torch.randperm(
         len(data.train), generator=torch.Generator().manual_seed(_SPLIT_SEED)
     ).tolist()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from scpl_ds.data._base import DataOptions, Texts, TextStream, check_labels, drawn
 from scpl_ds.data._columns import ColumnOptions
@@ -56,7 +58,8 @@ class Facts:
     num_labels: int | None
     """None: a language model, which has no classes."""
     label_names: tuple[str, ...]
-    pad_token_id: int
+    pad_token_id: int | None
+    """None: whoever gave the data pads by itself."""
     num_train: int | None
     """None: a stream, of whose length nobody knows."""
     num_eval: int
@@ -77,10 +80,12 @@ class Data:
 
     facts: Facts
     tokenizer: Any
-    train: Tokenized | Stream | range
-    eval: Tokenized | range
+    train: Tokenized | Stream | range | Dataset[Any]
+    eval: Tokenized | range | Dataset[Any]
     input_names: Collection[str] = ()
     """What the model's forward takes, where data are read."""
+    collate: Callable[[list[Any]], dict[str, Tensor]] | None = None
+    """Of a script that gave its own; else the recipe's."""
 
 
 @dataclasses.dataclass
@@ -123,7 +128,7 @@ def read(recipe: Recipe, trained: Path | None) -> Data:
     )
     found = (_texts if model.task == "causal-lm" else _labelled)(recipe, reading, trained)
     found.input_names = reading.input_names
-    if trained is None and not isinstance(found.train, Stream) and len(found.train) == 0:
+    if trained is None and found.facts.num_train == 0:
         raise DataError(f"data: '{recipe.data.name}' has no training split.")
     if isinstance(data := found.train, TokenizedDataset | LanguageDataset):
         labels = data.labels if isinstance(data, TokenizedDataset) else None
@@ -217,7 +222,7 @@ def _stream(source: TextStream, recipe: Recipe, reading: _Reading) -> Stream:
         write,
         packing=options.packing,
         buffer=options.shuffle_buffer,
-        seed=recipe.train.seed,
+        seed=recipe.train.order_seed,
     )
 
 
@@ -354,13 +359,15 @@ def _loading(recipe: Recipe, data: Data, mesh: Mesh) -> dict[str, Any]:
     return {
         "dp_rank": mesh.dp_rank,
         "dp_size": mesh.dp_size,
-        "seed": recipe.train.seed,
+        "seed": recipe.train.order_seed,
         "collate": _collator(recipe, data),
         "num_workers": recipe.train.dataloader_num_workers,
     }
 
 
 def _collator(recipe: Recipe, data: Data) -> Any:
+    if data.collate is not None:
+        return data.collate
     if data.tokenizer is None:
         return _no_batch
     multiple = _options(recipe).pad_to_multiple_of

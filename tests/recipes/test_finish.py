@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from scpl_ds import evaluation, export, trainer
+from scpl_ds import evaluation, export, setup, trainer
 from scpl_ds.evaluation import Score, score_model
 from scpl_ds.recipe import recipe_from_mapping
-from scpl_ds.setup import draw_schedule
+from scpl_ds.setup_schedule import draw_schedule
 from tests.support.tiny import put, recipe_for
 
 BACKWARDS_LATE = "tests.unit.test_extension:later_stages_first"
@@ -26,7 +26,7 @@ def test_the_stages_are_gone_when_the_whole_model_is_loaded(
     """Rank 0 used to hold the whole model beside its stages, on a GPU that could hold only them."""
     held: list[weakref.ref[torch.nn.Parameter]] = []
     left: list[int] = []
-    make_engine, load_exported = trainer.make_engine, export.load_exported
+    make_engine, load_exported = setup.make_engine, export.load_exported
 
     def make(*args: Any, **kwargs: Any) -> Any:
         engine = make_engine(*args, **kwargs)
@@ -37,7 +37,7 @@ def test_the_stages_are_gone_when_the_whole_model_is_loaded(
         left.append(sum(ref() is not None for ref in held))
         return load_exported(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "make_engine", make)
+    monkeypatch.setattr(setup, "make_engine", make)
     monkeypatch.setattr(export, "load_exported", load)
     recipe = recipe_for(base, sharding, tmp_path / "run", **{"train.max_steps": 1})
     trainer.fit(recipe_from_mapping(recipe))

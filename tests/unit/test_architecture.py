@@ -50,7 +50,18 @@ OWNERS: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint": frozenset(
         {"distributed", "sharding", "baselines", "checkpoint"}
     ),
-    "transformers": frozenset({"partition", "data", "checkpoint", "export"}),
+    "transformers": frozenset(
+        {
+            "partition",
+            "data",
+            "checkpoint",
+            "export",
+            "trainer_hf.py",
+            "trainer_arguments.py",
+            "trainer_callbacks.py",
+            "trainer_predictions.py",
+        }
+    ),
     "deepspeed": frozenset(
         {
             "sharding/deepspeed.py",

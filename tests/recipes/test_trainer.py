@@ -1,0 +1,178 @@
+"""``scpl_ds.Trainer`` in one process."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+
+import scpl_ds
+from scpl_ds.errors import DataError, PartitionError, RecipeError
+from tests.support.tiny import assert_same, tensors_of
+from tests.support.trainer import Diary, accuracy, data, model_in, save_whole, trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_whole(tmp_path_factory.mktemp("trainer") / "model")
+
+
+def test_a_script_trains_evaluates_predicts_and_saves_a_model_that_predicts_the_same(
+    folder: Path, tmp_path: Path
+):
+    made = trainer(folder, tmp_path / "run", compute_metrics=accuracy)
+    before = made.evaluate()
+    trained = made.train()
+    after = made.evaluate()
+    assert trained.global_step == made.state.global_step == 8
+    assert after["eval_loss"] != before["eval_loss"]
+    assert after["eval_right"] == after["eval_accuracy"] and after["eval_first"] == 0.0
+    found: Any = made.predict(made.eval_dataset)
+    assert found.metrics["test_right"] == after["eval_right"]
+    made.save_model(tmp_path / "out")
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    batch = made.data_collator([dict(r) for r in data(21, seed=2).remove_columns(["text"])])
+    with torch.no_grad():
+        logits = exported(**batch).logits
+    # One batch of 21 here, three of 8, 8 and 5 there: other widths of padding.
+    np.testing.assert_allclose(found.predictions, logits.numpy(), rtol=1e-4, atol=1e-5)
+    assert found.label_ids.tolist() == [n % 2 for n in range(21)]
+
+
+def test_the_model_that_is_given_is_the_model_that_is_trained(folder: Path, tmp_path: Path):
+    model: Any = model_in(folder)
+    with torch.no_grad():
+        model.classifier.weight.fill_(0.125)
+    made = trainer(folder, tmp_path / "run", model=model)
+    made.save_model(tmp_path / "out")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert_same(dict(saved.state_dict()), dict(model.state_dict()))
+
+
+def test_a_name_in_the_place_of_a_model_trains_the_same(folder: Path, tmp_path: Path):
+    runs = []
+    for name, model in (("object", model_in(folder)), ("name", str(folder))):
+        runs.append(tmp_path / name)
+        trainer(folder, runs[-1], model=model, save_strategy="epoch").train()
+    first, second = (tensors_of(run / "checkpoint-8") for run in runs)
+    assert_same(first, second)
+
+
+def test_the_events_of_a_run_come_in_the_order_of_transformers(folder: Path, tmp_path: Path):
+    diary = Diary()
+    trainer(
+        folder, tmp_path / "run", callbacks=[diary], max_steps=3, logging_steps=2,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+    ).train()  # fmt: skip
+    names = [name for name, _ in diary.events if name != "log"]
+    step = ["step_begin", "step_end"]
+    ends = ["evaluate", "save"]
+    assert names == [
+        "train_begin", "epoch_begin", *step, *step, *ends, *step, *ends, "train_end",
+    ]  # fmt: skip
+    assert diary.steps("step_end") == [1, 2, 3] and diary.steps("evaluate") == [2, 3]
+    training = [log for log in diary.logs if "loss" in log]
+    assert len(training) == 2 and {"learning_rate", "epoch", "stage0/loss"} <= set(training[0])
+
+
+def test_early_stopping_ends_the_run_and_the_best_model_is_the_one_that_stays(
+    folder: Path, tmp_path: Path
+):
+    scores = iter([0.5, 0.7, 0.6, 0.6, 0.9, 0.9])
+    made = trainer(
+        folder, tmp_path / "run", num_train_epochs=3, logging_steps=1,
+        compute_metrics=lambda _: {"mine": next(scores)},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="mine", save_total_limit=1,
+    )  # fmt: skip
+    trained = made.train()
+    assert trained.global_step == 8
+    assert made.state.best_metric == 0.7 and made.state.best_global_step == 4
+    assert Path(made.state.best_model_checkpoint or "").name == "checkpoint-4"
+    kept = tensors_of(tmp_path / "run" / "checkpoint-4")
+    made.save_model(tmp_path / "out")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    whole = {k.partition("/")[2]: v for k, v in kept.items()}
+    assert torch.equal(saved["classifier.weight"], whole["classifier.weight"])
+
+
+@pytest.mark.parametrize("word, event", [("should_evaluate", "evaluate"), ("should_save", "save")])
+def test_what_a_callback_asks_for_is_done_in_one_process_after_the_same_step(
+    word: str, event: str, folder: Path, tmp_path: Path
+):
+    diary = Diary(step_end={3: word})
+    trainer(folder, tmp_path / "run", callbacks=[diary]).train()
+    assert diary.steps(event) == [3]
+
+
+def test_a_resumed_run_has_the_log_and_the_callbacks_of_the_one_before(
+    folder: Path, tmp_path: Path
+):
+    asked: dict[str, Any] = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4,
+        "metric_for_best_model": "loss", "restore_callback_states_from_checkpoint": True,
+    }  # fmt: skip
+    first = EarlyStoppingCallback(early_stopping_patience=50)
+    trainer(folder, tmp_path / "run", callbacks=[first], **asked).train()
+    second = EarlyStoppingCallback(early_stopping_patience=50)
+    made = trainer(folder, tmp_path / "run", callbacks=[second], **asked)
+    made.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    scored = [log["step"] for log in made.state.log_history if "eval_loss" in log]
+    assert scored == [2, 4, 6, 8]
+    assert second.early_stopping_patience_counter == first.early_stopping_patience_counter
+
+
+def test_a_subclass_with_its_own_loss_is_refused_with_what_to_do_instead():
+    with pytest.raises(RecipeError, match=r"Mine.compute_loss.*scpl.objective"):
+
+        class Mine(scpl_ds.Trainer):
+            def compute_loss(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def test_a_callback_that_wants_to_look_into_a_step_is_refused(folder: Path, tmp_path: Path):
+    class Inside(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None: ...
+
+    with pytest.raises(RecipeError, match=r"Inside.on_pre_optimizer_step.*on_step_end"):
+        trainer(folder, tmp_path / "run", callbacks=[Inside])
+
+
+def test_data_without_labels_or_without_positions_are_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="no 'labels'"):
+        bare = data(64, seed=1).remove_columns(["label"])
+        trainer(folder, tmp_path / "run", train_dataset=bare).train()
+    with pytest.raises(DataError, match="train_dataset is a IterableDataset"):
+        stream = data(64, seed=1).to_iterable_dataset()
+        trainer(folder, tmp_path / "run", train_dataset=stream)
+
+
+def test_a_model_that_is_no_hugging_face_model_of_a_task_is_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="no Hugging Face model"):
+        trainer(folder, tmp_path / "run", model=torch.nn.Linear(2, 2))
+    with pytest.raises(PartitionError, match="BertModel is neither"):
+        trainer(folder, tmp_path / "run", model=model_in(folder).bert)
+
+
+def test_predictions_of_data_without_labels_are_given(folder: Path, tmp_path: Path):
+    bare = data(21, seed=2).remove_columns(["label"])
+    made = trainer(folder, tmp_path / "run", compute_metrics=accuracy)
+    found: Any = made.predict(bare)
+    assert found.predictions.shape == (21, 2) and found.label_ids is None
+    assert np.array_equal(found.predictions, made.predict(made.eval_dataset).predictions)
+
+
+def test_a_run_folder_says_why_its_data_cannot_be_read_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from scpl_ds.cli import main
+
+    trainer(folder, tmp_path / "run", max_steps=1, save_strategy="epoch").train()
+    logging.getLogger("scpl_ds").handlers.clear()
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "given its data by a script" in capsys.readouterr().err
