@@ -372,9 +372,6 @@ def _choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-# -- words ---------------------------------------------------------------------------------
-
-
 def _report(error: ScplError) -> int:
     """Say what is wrong in one message and without a traceback; every rank says its own only."""
     log.debug("traceback of the error", exc_info=True)
