@@ -206,10 +206,9 @@ def test_a_resumed_fp16_run_goes_on_with_its_loss_scale(tmp_path: Path, zero: st
     runs.assert_equal(found, wanted)
 
 
+@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU has fp16")
 @distributed(1)
 def test_fp16_is_refused_by_name_where_deepspeed_refuses_it() -> None:
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        pytest.skip("this CPU has fp16")
     with pytest.raises(RecipeError, match="fp16 is not supported"):
         build("zero1", more=FP16)
 

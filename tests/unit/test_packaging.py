@@ -31,7 +31,7 @@ NOT_SOURCE = (
     ".*_cache",
 )
 PACKAGE = {str(p.relative_to(ROOT)) for p in (ROOT / "scpl_ds").rglob("*.py")}
-PACKAGE |= {"scpl_ds/py.typed"}
+PACKAGE |= {"scpl_ds/py.typed", "scpl_ds/report/page.css", "scpl_ds/report/page.js"}
 BUILD = """
 import sys
 from setuptools import build_meta
