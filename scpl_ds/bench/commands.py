@@ -71,8 +71,8 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--namespaces", type=_names, default=(), metavar="A,B",
-        help="network namespaces that the ranks are in, in turn (root; launch/namespaces.sh makes "
-        "them); bytes sent are then those of their interfaces",
+        help="a network namespace for each rank (root; launch/namespaces.sh makes them); bytes "
+        "sent are then those of their interfaces",
     )  # fmt: skip
     parser.add_argument(
         "--emulate", type=_milliseconds, default=None, metavar="FORWARD_MS,BACKWARD_MS",

@@ -18,12 +18,18 @@ _CLONE_NEWNET = 0x40000000
 _LOOPBACK = "lo"
 
 
-def check(hosts: tuple[str, ...], folder: Path = FOLDER) -> None:
+def check(hosts: tuple[str, ...], ranks: int, folder: Path = FOLDER) -> None:
     """Refuse what ranks could not enter, before any is started.
 
     Raises:
-        RecipeError: A namespace is not there, or this process may not enter any.
+        RecipeError: A namespace is not there, this process may not enter any, or ranks would have
+            to share one: what an interface has sent is all ranks' in it together.
     """
+    if hosts and len(set(hosts)) != ranks:
+        raise RecipeError(
+            f"--namespaces {','.join(hosts)}: {len(set(hosts))} namespaces for {ranks} ranks. "
+            "Name one for each rank."
+        )
     for name in hosts:
         if not (folder / name).exists():
             raise RecipeError(

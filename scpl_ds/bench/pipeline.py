@@ -75,7 +75,7 @@ class Options:
     threads: int = 1
     systems: tuple[str, ...] | None = None
     namespaces: tuple[str, ...] = ()
-    """Rank r is in number r modulo their count; empty: all ranks are in this process's."""
+    """One of each rank; empty: all ranks are in this process's."""
     emulate: tuple[float, float] | None = None
     """Milliseconds of a forward and of a backward of one micro-batch."""
 
@@ -85,11 +85,6 @@ class Options:
         if self.emulate is None:
             return None
         return Lengths(*(ms / 1e3 / self.micro_batch_size for ms in self.emulate))
-
-    @property
-    def namespaces_by_rank(self) -> list[str]:
-        names = self.namespaces
-        return [names[rank % len(names)] for rank in range(self.ranks)] if names else []
 
     def steps_of(self, entry: Entry, num_micro_batches: int) -> int:
         """Optimizer steps of one run of a system."""
@@ -137,7 +132,7 @@ def run(
     """
     known = dict(entries or systems.entries())
     chosen = systems.choose(options.systems, known, emulated=options.emulate is not None)
-    hosts.check(options.namespaces)
+    hosts.check(options.namespaces, options.ranks)
     pinning = pin(options)
     figures: dict[str, Any] = {
         "machine": describe_machine()
@@ -259,7 +254,7 @@ def _world(
         ranks=options.ranks,
         threads=options.threads,
         cores=pinning,
-        namespaces=options.namespaces_by_rank,
+        namespaces=options.namespaces,
         limit_s=options.limit_s(task.num_micro_batches),
     )
 

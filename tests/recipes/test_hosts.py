@@ -17,7 +17,7 @@ from scpl_ds import cli
 from scpl_ds.bench import hosts
 from scpl_ds.errors import RecipeError
 from tests.support import tiny
-from tests.support.tiny import recipe_for, tensors_of, train, write_recipe
+from tests.support.tiny import put, tensors_of, write_recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "namespaces.sh"
@@ -46,7 +46,9 @@ def prefix() -> Iterator[str]:
 
 def test_a_namespace_that_is_not_there_is_refused_by_name():
     with pytest.raises(RecipeError, match=r"--namespaces nowhere: there is no network namespace"):
-        hosts.check(("nowhere",))
+        hosts.check(("nowhere",), 1)
+    with pytest.raises(RecipeError, match="1 namespaces for 2 ranks"):
+        hosts.check(("nowhere",), 2)
 
 
 def test_the_bytes_of_an_interface_are_those_it_has_sent():
@@ -78,46 +80,69 @@ def test_ranks_on_two_hosts_send_over_their_link_what_the_engine_counts(
     assert sent["here"] < sent["hosts"] < 1.5 * sent["here"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_run_over_two_hosts_ends_as_one_process_does(
-    prefix: str, base: dict[str, Any], tmp_path: Path, launcher: str
-):
-    changes = {"train.max_steps": 3, "train.save_steps": 3, "train.export": False}
-    assert train(recipe_for(base, "none", tmp_path / "alone", **changes)) == 0
-    recipe = recipe_for(base, "none", tmp_path / "hosts", **changes)
-    file = write_recipe(tmp_path / "recipe.yaml", recipe)
-    hostfile = tmp_path / "hosts.txt"
-    hostfile.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+def launched(prefix: str, recipe: dict[str, Any], launcher: str, nodes: int) -> Path:
+    """The run folder of ``recipe`` under a launcher, four ranks on one host or on two."""
+    run = Path(recipe["train"]["output_dir"])
+    file = write_recipe(run.with_suffix(".yaml"), recipe)
+    hostfile = run.with_suffix(".txt")
+    hostfile.write_text("10.77.0.1 slots=2\n10.77.0.2 slots=2\n")
     common = {
-        "HOSTS": prefix, "RANKS": "1", "NODES": "2", "MASTER_ADDR": "10.77.0.1",
-        "MASTER_PORT": "29500",
-        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        "SCPL_DS_VENV": sys.prefix, "HOSTFILE": str(hostfile),
+        "HOSTS": prefix, "RANKS": str(4 // nodes), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT), "SCPL_DS_VENV": sys.prefix,
     }  # fmt: skip
+    if nodes > 1:
+        common |= {"NODES": str(nodes), "HOSTFILE": str(hostfile)}
+        common |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+    script = str(ROOT / "launch" / f"{launcher}.sh")
     processes = [
         subprocess.Popen(
-            [
-                "bash",
-                str(SCRIPT),
-                "run",
-                str(node),
-                "bash",
-                f"{ROOT}/launch/{launcher}.sh",
-                str(file),
-            ],
-            env={**os.environ, **common, "NODE_RANK": str(node)},
+            ["bash", str(SCRIPT), "run", str(node), "bash", script, str(file)],
+            env={**os.environ, **common, **({"NODE_RANK": str(node)} if nodes > 1 else {})},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            cwd=tmp_path,
+            cwd=run.parent,
         )
-        for node in (0, 1)
+        for node in range(nodes)
     ]
     try:
         said = [process.communicate(timeout=200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-3000:]
-    found = tensors_of(tmp_path / "hosts" / "checkpoint-3")
-    tiny.assert_same(found, tensors_of(tmp_path / "alone" / "checkpoint-3"))
+    assert [process.returncode for process in processes] == [0] * nodes, "\n".join(said)[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def two_by_two(base: dict[str, Any]) -> dict[str, Any]:
+    """Two stages, two data-parallel ranks each."""
+    changes = {"train.max_steps": 3, "train.save_steps": 3, "train.export": False}
+    return put(base, {**changes, "scpl.pipeline_ranks": 2, "scpl.sharding": "ddp"})
+
+
+@pytest.fixture(scope="module")
+def reference(
+    prefix: str, two_by_two: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What a checkpoint holds after it ran under torchrun on one host."""
+    run = tmp_path_factory.mktemp("hosts") / "reference"
+    recipe = put(two_by_two, {"train.output_dir": str(run)})
+    return tensors_of(launched(prefix, recipe, "torchrun", 1) / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "nodes"), [("torchrun", 2), ("deepspeed", 1), ("deepspeed", 2), ("accelerate", 1)]
+)
+def test_two_stages_by_two_end_alike_under_every_launcher(
+    prefix: str,
+    reference: dict[str, Any],
+    two_by_two: dict[str, Any],
+    tmp_path: Path,
+    launcher: str,
+    nodes: int,
+):
+    recipe = put(two_by_two, {"train.output_dir": str(tmp_path / "run")})
+    run = launched(prefix, recipe, launcher, nodes)
+    assert "data-parallel 2" in (run / "plan.txt").read_text()
+    tiny.assert_same(tensors_of(run / "checkpoint-3"), reference)
