@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -153,6 +153,11 @@ class Callbacks(Hooks):
             if self._epochs_are_heard:
                 self._meet()
 
+    def last_step(self, show: Callable[[], None]) -> None:
+        wait_for_all(self._mesh)  # all have posted their numbers
+        show()
+        self._meet(self._requests.left())
+
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         short = {"head/loss": "loss", "lr": "learning_rate"}
         logs = {short.get(name, name): value for name, value in values.items()}
@@ -240,10 +245,11 @@ class Callbacks(Hooks):
             setattr(self.control, names.get(word, f"should_{word}"), False)
         return found
 
-    def _meet(self) -> None:
-        """What any rank asks for; every rank comes here, but a callback may take long on one."""
+    def _meet(self, before: Collection[str] = ()) -> None:
+        """What any rank asks for, or asked for before; every rank comes here, some perhaps late,
+        as callbacks may take long."""
         wait_for_all(self._mesh)
-        for words in gather_objects(self._mesh, self._taken()):
+        for words in gather_objects(self._mesh, self._taken().union(before)):
             self._also(words)
 
     def _also(self, words: Any) -> None:

@@ -137,6 +137,16 @@ def test_what_is_asked_for_in_on_log_is_done(folder: Path, tmp_path: Path):
 
 
 @distributed(2)
+def test_what_is_asked_for_in_the_last_steps_is_done_after_the_last(folder: Path, tmp_path: Path):
+    """And an evaluation that is asked for in a save follows the save."""
+    asks = {8: "should_save"} if dist.get_rank() == 1 else {}
+    diary = Diary(step_end=asks, save={8: "should_evaluate"})
+    trainer(folder, tmp_path / "run", callbacks=[diary], logging_steps=1).train()
+    assert diary.steps("save") == diary.steps("evaluate") == [8]
+    assert dist.get_rank() == 1 or len([log for log in diary.logs if "loss" in log]) == 8
+
+
+@distributed(2)
 def test_the_trainer_runs_under_deepspeed_with_a_ds_config(folder: Path, tmp_path: Path):
     import deepspeed
 
