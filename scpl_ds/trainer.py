@@ -141,9 +141,7 @@ class Run:
                 self.folder.prepare(self.recipe, resuming=going_on, lock=self.guard.lock)
                 checkpoint.sweep(self.folder.path)
                 if resume is not None and not resume.name.startswith("."):
-                    checkpoint.name_latest(
-                        resume
-                    )  # what a restart before the next save goes on from
+                    checkpoint.name_latest(resume)  # for a restart before the next save
                 write_model_files(self, trained)
             words.warn_of_no_evaluation(self)
             words.warn_of_no_upload(self)
@@ -219,6 +217,9 @@ class Run:
                     extra["epoch"] = progress.epoch(step)
                 self.report.post(step, extra)
             self._show()
+            if last:
+                with self.report.paused():
+                    self.hooks.last_step(self._show)
             if (self.eval_loader or self.samples) is not None and (
                 progress.due(train.eval_strategy, train.eval_steps, step)
                 or (last and train.eval_strategy != "no")
@@ -233,6 +234,8 @@ class Run:
             ):
                 with self.report.paused():
                     self._save(step)
+                    if asked.evaluate and self.eval_loader is not None and self.evaluated < step:
+                        self._evaluate(step)
             if asked.stop:
                 break
         return self._finish()

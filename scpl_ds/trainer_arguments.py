@@ -34,6 +34,7 @@ _UNREAD = {
 """Optimizer -> arguments that it has no use for; TrainingArguments always has them."""
 _TRACKERS = ("wandb", "tensorboard", "mlflow")
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+_PRECISIONS = ("bf16", "fp16")
 _FSDP_FREE = ("min_num_params", "xla", "xla_fsdp_v2", "xla_fsdp_grad_ckpt", "version",
               "reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap",
               "state_dict_type", "cpu_ram_efficient_loading")  # fmt: skip
@@ -108,7 +109,30 @@ def _values(args: TrainingArguments) -> list[Problem]:
                 f"give it there, and start accelerate without it"
             )
             problems.append(Problem(field, message))
+    return problems + _precision_problems(args)
+
+
+def _precision_problems(args: TrainingArguments) -> list[Problem]:
+    """``bf16`` or ``fp16`` where the file of ``deepspeed`` says another thing."""
+    if not args.deepspeed:
+        return []
+    section = _given_section(args)
+    written = {name for name in _PRECISIONS if _enabled(section.get(name)) is True}
+    problems: list[Problem] = []
+    for name in _PRECISIONS:
+        if getattr(args, name) and (_enabled(section.get(name)) is False or written - {name}):
+            message = (
+                f"True, but args.deepspeed has {', '.join(sorted(written)) or f'{name} off'}: set "
+                f"{name}.enabled to true or auto there and the other one to false, or leave the "
+                "argument out"
+            )
+            problems.append(Problem(name, message))
     return problems
+
+
+def _enabled(block: Any) -> Any:
+    """Of a block of precision; None where there is none."""
+    return block.get("enabled", False) if isinstance(block, Mapping) else None
 
 
 def _word(value: Any) -> str:
@@ -177,15 +201,23 @@ def _deepspeed(args: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]
         if args.fp16:
             section["fp16"] = {"enabled": True}
         return section | {"optimizer": _optimizer(args)}, {}
-    given: Any = args.deepspeed
-    section = dict(given) if isinstance(given, Mapping) else read_mapping(Path(given))
+    section = _given_section(args)
     scpl = dict(section.pop("scpl", None) or {})
-    for name in ("bf16", "fp16"):
-        block = section.get(name)
-        if isinstance(block, Mapping) and block.get("enabled") == "auto":
-            section[name] = {**block, "enabled": bool(getattr(args, name))}
+    autocast = _enabled(section.get("torch_autocast"))
+    for name in _PRECISIONS:
+        block, asked = section.get(name), bool(getattr(args, name))
+        if _enabled(block) == "auto":
+            section[name] = {**block, "enabled": asked}  # pyright: ignore[reportGeneralTypeIssues]
+        elif block is None and asked and not autocast:  # as accelerate does
+            section[name] = {"enabled": True}
     section.setdefault("optimizer", _optimizer(args))
     return section, scpl
+
+
+def _given_section(args: TrainingArguments) -> dict[str, Any]:
+    """What ``args.deepspeed`` holds or names."""
+    given: Any = args.deepspeed
+    return dict(given) if isinstance(given, Mapping) else read_mapping(Path(given))
 
 
 def _optimizer(args: TrainingArguments) -> dict[str, Any]:

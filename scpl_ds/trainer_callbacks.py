@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +13,7 @@ from transformers.trainer_utils import speed_metrics
 
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
+from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.distributed.stop import CommonRequests
 from scpl_ds.distributed.world import RankEnv
 from scpl_ds.engine import Engine
@@ -110,8 +111,11 @@ class Callbacks(Hooks):
     # -- of a run --------------------------------------------------------------------------
 
     def begin(self, run: Run) -> None:
-        self._run, mesh = run, run.mesh
+        self._run = run
+        self._mesh = mesh = run.mesh
         progress, train, state = run.progress, run.recipe.train, self.state
+        # Ranks may have other callbacks; whether they meet must be the same for all.
+        self._epochs_are_heard = any(gather_objects(mesh, self._hears("on_epoch_end")))
         self._requests = CommonRequests(
             mesh, token=run.guard.watch.token, ahead=steps_ahead(run.recipe, mesh)
         )
@@ -141,19 +145,26 @@ class Callbacks(Hooks):
         progress, state = self._run.progress, self.state
         state.global_step, state.epoch = step, progress.epoch(step)
         self.call("on_step_end")
-        ends = progress.steps_per_epoch is not None and step % progress.steps_per_epoch == 0
-        if ends:
-            self.call("on_epoch_end")
         self.asked = Asked(stop=self.asked.stop)  # perhaps by an evaluation before the first step
         self._requests.ask(self._taken())
         self._also(self._requests.due(step))
-        if ends and self._hears("on_epoch_end"):
-            self._meet()
+        if progress.steps_per_epoch is not None and step % progress.steps_per_epoch == 0:
+            self.call("on_epoch_end")
+            if self._epochs_are_heard:
+                self._meet()
+
+    def last_step(self, show: Callable[[], None]) -> None:
+        wait_for_all(self._mesh)  # all have posted their numbers
+        show()
+        self._meet(self._requests.left())
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         short = {"head/loss": "loss", "lr": "learning_rate"}
         logs = {short.get(name, name): value for name, value in values.items()}
         self._log(logs, step)
+        self._requests.ask(self._taken())  # the next step would forget it
+        if self._mesh.world_size == 1:
+            self._also(self._requests.due(step))
 
     def score(
         self, engine: Engine, loader: BatchLoader, *, see: See | None = None
@@ -234,10 +245,11 @@ class Callbacks(Hooks):
             setattr(self.control, names.get(word, f"should_{word}"), False)
         return found
 
-    def _meet(self) -> None:
-        """What any rank asks for; every rank is here."""
-        assert self._run is not None
-        for words in gather_objects(self._run.mesh, self._taken()):
+    def _meet(self, before: Collection[str] = ()) -> None:
+        """What any rank asks for, or asked for before; every rank comes here, some perhaps late,
+        as callbacks may take long."""
+        wait_for_all(self._mesh)
+        for words in gather_objects(self._mesh, self._taken().union(before)):
             self._also(words)
 
     def _also(self, words: Any) -> None:

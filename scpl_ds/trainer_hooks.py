@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from scpl_ds.data.loader import BatchLoader
@@ -38,6 +38,9 @@ class Hooks:
 
     def after_step(self, step: int) -> None:
         """After this rank's part of ``step``. Must wait for nobody, but at the end of an epoch."""
+
+    def last_step(self, show: Callable[[], None]) -> None:
+        """After the last step, which all ranks come to; ``show`` hands out numbers that arrived."""
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of ``step`` have arrived from all ranks; on rank 0."""

@@ -13,12 +13,13 @@ from transformers.trainer_pt_utils import EvalLoopContainer, nested_concat
 from scpl_ds.batch import Evaluated
 from scpl_ds.data.loader import BatchLoader
 from scpl_ds.distributed.collectives import broadcast_object, gather_objects
+from scpl_ds.distributed.patience import wait_for_all
 from scpl_ds.engine import Engine
 from scpl_ds.errors import RecipeError
 from scpl_ds.evaluation import See, evaluate
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, Any]]
-Preprocess = Callable[[Tensor, Tensor], Tensor]
+Preprocess = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Predicted(NamedTuple):
@@ -47,7 +48,7 @@ def predict(
         engine: The stages.
         loader: Of the data set, in order.
         compute_metrics: Called on rank 0, with what all ranks predicted, in the order of the data.
-        preprocess: What to keep of the logits of a micro-batch, and its labels -> that.
+        preprocess: What to keep of the logits of a micro-batch, and labels or None -> that.
         keep: Predictions are wanted, not only numbers.
         see: As in ``evaluate``.
 
@@ -63,7 +64,7 @@ def predict(
         scores, truth = output.logits, output.labels
         if not wanted or scores is None:
             return
-        if preprocess is not None and truth is not None:
+        if preprocess is not None:
             scores = preprocess(scores, truth)
         logits.add(scores)
         logits.to_cpu_and_numpy()
@@ -84,6 +85,7 @@ def predict(
         predictions, label_ids = found
         own = compute_metrics(EvalPrediction(predictions=predictions, label_ids=label_ids))
     if compute_metrics is not None:
+        wait_for_all(engine.mesh)  # the script's metrics may take long
         metrics |= {f"val/{name}": n for name, n in _numbers(broadcast_object(engine.mesh, own))}
     return Predicted(found[0], found[1], metrics)
 

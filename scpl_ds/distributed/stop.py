@@ -105,6 +105,11 @@ class CommonRequests:
         """Ask for things, each a word."""
         self._mine |= set(what)
 
+    def left(self) -> set[str]:
+        """What this rank asked for and was not done: there are no more steps to agree on."""
+        found, self._mine = self._mine, set()
+        return found
+
     def due(self, done: int) -> frozenset[str]:
         """What is to be done now, after step ``done``. Every rank asks after each of its steps.
 

@@ -102,12 +102,13 @@ def test_early_stopping_ends_the_run_and_the_best_model_is_the_one_that_stays(
     assert torch.equal(saved["classifier.weight"], whole["classifier.weight"])
 
 
+@pytest.mark.parametrize("asks", ["step_end", "log"])
 @pytest.mark.parametrize("word, event", [("should_evaluate", "evaluate"), ("should_save", "save")])
 def test_what_a_callback_asks_for_is_done_in_one_process_after_the_same_step(
-    word: str, event: str, folder: Path, tmp_path: Path
+    word: str, event: str, asks: str, folder: Path, tmp_path: Path
 ):
-    diary = Diary(step_end={3: word})
-    trainer(folder, tmp_path / "run", callbacks=[diary]).train()
+    diary = Diary(**{asks: {3: word}})
+    trainer(folder, tmp_path / "run", callbacks=[diary], logging_steps=1).train()
     assert diary.steps(event) == [3]
 
 

@@ -160,6 +160,22 @@ def test_a_ds_config_may_hold_scpl_and_its_auto_values_are_those_of_the_argument
     assert recipe_of({}, deepspeed=config, **given).scpl.stages == 3
 
 
+def test_a_ds_config_without_a_precision_takes_that_of_the_arguments():
+    config: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    given = {"bf16": True, "use_cpu": True}
+    assert recipe_of(deepspeed=config, **given).deepspeed.precision == "bf16"
+    assert recipe_of(deepspeed=config).deepspeed.precision == "fp32"
+    own = {**config, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    section = recipe_of(deepspeed=own, **given).deepspeed
+    assert (section.precision, section.autocast) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("block", [{"bf16": {"enabled": False}}, {"fp16": {"enabled": True}}])
+def test_a_ds_config_of_another_precision_than_the_arguments_is_refused(block: dict[str, Any]):
+    with pytest.raises(RecipeError, match=r"bf16: True, but args\.deepspeed has"):
+        recipe_of(deepspeed={"zero_optimization": {"stage": 1}, **block}, bf16=True, use_cpu=True)
+
+
 def test_without_stages_the_message_says_where_to_give_them():
     with pytest.raises(RecipeError, match="stages"):
         recipe_of({})
