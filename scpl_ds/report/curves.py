@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from scpl_ds.report.charts import Chart, Level, Series
 from scpl_ds.report.reading import Points, RunFiles
 
-_STAGE = re.compile(r"stage(\d+)/(\w+)")
-_RANK = re.compile(r"perf/rank(\d+)/(\w+)")
+_STAGE = re.compile(r"stage(\d{1,9})/(\w+)")
+_RANK = re.compile(r"perf/rank(\d{1,9})/(\w+)")
 _SHOWN = frozenset({"lr", "epoch", "head/loss", "val/loss", "val/accuracy", "val/perplexity"})
 _NAMES = {
     "valid_anchor_fraction": "Rows with a positive",

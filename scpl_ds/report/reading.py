@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,9 @@ Points = list[tuple[float, float | None]]
 """(step, value); None: it was NaN or infinite."""
 
 _RECORD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) ([\w.]+): (.*)")
-_STOPPED = re.compile(r"Stopped by \S+ after step \d+ of \d+.*")
+_STOPPED = re.compile(r"Stopped by .+? after step \d+ of \d+.*")
+_LARGEST, _SMALLEST = 1e300, 1e-300
+"""Of a number but 0: what the axes of a chart compute with it stays a number."""
 _FAILURES = ("traceback of the error", "traceback of the failure")
 
 
@@ -84,9 +85,14 @@ class RunFiles:
         return list(_lines(self.path / "metrics.jsonl"))
 
     @functools.cached_property
-    def texts(self) -> list[dict[str, Any]]:
-        """The lines of ``texts.jsonl``."""
-        return [redact(row) for row in _lines(self.path / "texts.jsonl")]
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """The lines of ``tables.jsonl`` by the table's name, but for the partition, which is in
+        ``about`` too."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in _lines(self.path / "tables.jsonl"):
+            if (name := row.get("name")) != "partition":
+                found.setdefault(str(redact(name)), []).append(redact(row))
+        return found
 
     @functools.cached_property
     def logs(self) -> list[Said]:
@@ -94,7 +100,7 @@ class RunFiles:
         found: list[Said] = []
         for path in (self.path / "logs").glob("rank*.log"):
             number = path.stem.removeprefix("rank")
-            if number.isdigit():
+            if number.isdecimal():
                 found += _records(path, int(number))
         return sorted(found, key=lambda said: said.rank)
 
@@ -165,7 +171,7 @@ class RunFiles:
             return [each for each in found if isinstance(each, dict)]
         ranks: dict[int, dict[str, Any]] = {}
         for name in self.metrics:
-            if place := re.fullmatch(r"perf/rank(\d+)/(\w+)", name):
+            if place := re.fullmatch(r"perf/rank(\d{1,9})/(\w+)", name):
                 each = ranks.setdefault(int(place[1]), {"rank": int(place[1]), "stages": []})
                 each[place[2]] = self.last(name)
         return [ranks[rank] for rank in sorted(ranks)]
@@ -234,7 +240,7 @@ class RunFiles:
         for manifest in self.path.glob("checkpoint-*/manifest.json"):
             name = manifest.parent.name
             step = name.removeprefix("checkpoint-")
-            if step.isdigit():
+            if step.isdecimal():
                 files = [f.stat() for f in manifest.parent.rglob("*") if f.is_file()]
                 saved = datetime.datetime.fromtimestamp(manifest.stat().st_mtime)
                 marks = [*(["latest"] if name in latest else []), *(["best"] * (name == best))]
@@ -251,10 +257,12 @@ class RunFiles:
 
 
 def number(value: Any) -> float | None:
-    """``value``, if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """``value``, if it is a number that can be computed with; one next to nothing is 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    if not abs(value) < _LARGEST:  # also NaN, and whole numbers that no float can hold
+        return None
+    return value if abs(value) >= _SMALLEST else 0
 
 
 def _text(path: Path) -> str:
@@ -279,8 +287,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue  # the last line of a run that is at work, or was killed
-        if isinstance(row, dict) and number(row.get("step")) is not None:
-            yield row
+        if isinstance(row, dict) and (step := number(row.get("step"))) is not None:
+            yield {**row, "step": step}
 
 
 def _records(path: Path, rank: int) -> Iterator[Said]:

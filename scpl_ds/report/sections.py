@@ -17,7 +17,7 @@ from scpl_ds.report.picture import timeline
 from scpl_ds.report.reading import RunFiles, number
 from scpl_ds.trackers._base import redact
 
-_MOST_TEXTS, _MOST_WARNINGS = 60, 40
+_MOST_ROWS, _MOST_WARNINGS, _MOST_RANKS = 60, 40, 256
 _SHARES = (
     ("busy", "forward and backward"), ("optimizer", "optimizer step"),
     ("wait_input", "waiting for input"), ("wait_send", "packing, waiting to send"),
@@ -100,9 +100,10 @@ def memory(run: RunFiles) -> Html:
             "is in result.json when a run ends; `scpl-ds plan RECIPE` predicts it."
         )
     per_stage = max(1, int(number(run.about.get("data_parallel")) or 1))
-    most = max([*found, *(each["peak"] for each in guesses)])
+    most = max([*found, *(each["peak"] for each in guesses)]) or 1
+    ranks = max(len(found), len(guesses) * per_stage)
     lines: list[Html] = []
-    for rank in range(max(len(found), len(guesses) * per_stage)):
+    for rank in range(min(ranks, _MOST_RANKS)):
         guess = guesses[rank // per_stage] if rank // per_stage < len(guesses) else None
         if guess is not None:
             between = number(guess.get("resident")) or 0.0
@@ -118,6 +119,8 @@ def memory(run: RunFiles) -> Html:
             part = Part("measured", "measured", found[rank] / most, size)
             lines.append(bar(f"rank {rank} measured", [part], after=size))
     notes = []
+    if ranks > _MOST_RANKS:
+        notes.append(el("p", f"{ranks - _MOST_RANKS} more ranks.", class_="note"))
     if not found:
         notes.append(_missing("Measured peaks of each rank come with the end of the run."))
     elif run.about.get("device") == "cpu":
@@ -181,24 +184,33 @@ def partition(run: RunFiles) -> Html:
     return join(el("p", words), table(columns, cells, left=(0, 1, 2)), whole)
 
 
-def texts(run: RunFiles) -> Html | None:
-    """What the model wrote while it learned; None where that is nothing to expect."""
-    if not run.texts:
+def answers(run: RunFiles) -> Html | None:
+    """What the model wrote and answered while it learned, table by table; None where that is
+    nothing to expect."""
+    if not run.tables:
         if not run.perplexed:
             return None
         return _missing("No samples: train.sample_prompts names prompts to go on with.")
-    shown = run.texts[-_MOST_TEXTS:]
-    names = list(dict.fromkeys(name for row in shown for name in row))
-    columns = [name for name in names if name not in ("step", "name")]
-    rows = [
-        [show(row["step"]), *(el("q", _short(row.get(c, ""), 2000)) for c in columns)]
-        for row in reversed(shown)
-    ]
-    left = len(run.texts) - len(shown)
+    return join(*(_rows(name, rows) for name, rows in run.tables.items()))
+
+
+def _rows(name: str, found: Sequence[dict[str, Any]]) -> Html:
+    """The last rows of a table of the trackers, the latest first."""
+    shown = found[-_MOST_ROWS:]
+    keys = dict.fromkeys(key for row in shown for key in row)
+    columns = [key for key in keys if key not in ("step", "name")]
+    rows = [[show(row["step"]), *(_cell(row.get(c, "")) for c in columns)] for row in shown[::-1]]
+    left = len(found) - len(shown)
     return join(
+        el("h3", _short(name).capitalize()),
         table(["step", *columns], rows, left=range(len(columns) + 1)),
-        el("p", f"{left} earlier ones are in texts.jsonl.", class_="note") if left else None,
+        el("p", f"{left} earlier ones are in tables.jsonl.", class_="note") if left else None,
     )
+
+
+def _cell(value: Any) -> str:
+    known = number(value)
+    return el("q", _short(value, 2000)) if known is None else show(known)
 
 
 def checkpoints(run: RunFiles) -> Html:
@@ -303,7 +315,7 @@ def all_of(run: RunFiles) -> Iterable[tuple[str, str, Html | None]]:
     yield "timeline", "Pipeline timeline", pipeline(run)
     yield "memory", "Peak memory by rank", memory(run)
     yield "partition", "Stages", partition(run)
-    yield "samples", "What the model wrote", texts(run)
+    yield "samples", "Samples and predictions", answers(run)
     yield "checkpoints", "Checkpoints", checkpoints(run)
     yield "warnings", "Warnings", warnings(run)
     yield "recipe", "Recipe", recipe(run)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from scpl_ds.memory_sizes import show_size
 from scpl_ds.report import page
+from scpl_ds.report.charts import show
 from scpl_ds.report.reading import RunFiles
 from scpl_ds.sharding.none import NoneBackend
 from tests.support import tiny
@@ -17,6 +20,14 @@ from tests.support.html_page import Page
 from tests.support.tiny import Bomb, put, train
 
 STEPS = 8
+
+
+class Asked(Bomb):
+    """Asks its process to stop, the way a queue does."""
+
+    def tick(self, step: int) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Silent(NoneBackend):
@@ -29,6 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     changes = {
         "train.logging_steps": 1, "train.eval_strategy": "steps", "train.eval_steps": 4,
         "train.save_strategy": "steps", "train.save_steps": 2, "train.profile": True,
+        "train.sample_predictions": 3,
         "deepspeed.gradient_accumulation_steps": 1,
     }  # fmt: skip
     return put(tiny.make(folder), changes)
@@ -96,6 +108,25 @@ def test_it_has_the_timeline_the_stages_the_recipe_and_the_environment(run: Path
         assert words in found.words
 
 
+def test_the_predictions_that_were_tracked_are_shown_and_the_partition_once(run: Path, found: Page):
+    lines = [json.loads(line) for line in (run / "tables.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if line["name"] == "predictions"]
+    assert [row["step"] for row in rows] == [4] * 3 + [8] * 3
+    assert len(lines) > len(rows), "the partition is a table too"
+    for row in rows:
+        cells = (row["label"], row["prediction"], show(row["probability"]))
+        assert f"{row['step']}{row['text']}{''.join(cells)}" in found.words
+    titles = [found.words.count(word) for word in ("steptextlabel", "stagelayersholds")]
+    assert titles == [1, 1]
+
+
+def test_a_run_that_was_asked_to_stop_says_by_what_and_where(base: dict[str, Any], tmp_path: Path):
+    asked = {"name": "tests.recipes.test_report:Asked"}
+    assert train(put(base, {"train.output_dir": str(tmp_path), "trackers": [asked]})) == 0
+    status, why = RunFiles.open(tmp_path).status
+    assert status == "stopped" and why.startswith("Stopped by SIGTERM on rank 0 after step")
+
+
 def test_a_run_that_was_killed_and_gone_on_with_has_a_page_at_both_times(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -143,7 +174,7 @@ def test_a_backend_that_does_not_say_what_it_needs_is_named_in_the_banner(
     changes = {
         "train.output_dir": str(tmp_path / "run"), "train.max_steps": 1,
         "train.eval_strategy": "no", "train.eval_steps": None, "train.export": False,
-        "train.save_strategy": "no", "train.save_steps": None,
+        "train.save_strategy": "no", "train.save_steps": None, "train.sample_predictions": 0,
         "scpl.sharding": "tests.recipes.test_report:Silent",
     }  # fmt: skip
     assert train(put(base, changes)) == 0

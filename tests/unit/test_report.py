@@ -75,7 +75,7 @@ def test_nothing_of_a_hostile_run_folder_becomes_markup(tmp_path: Path):
             "about.json": deep,
             "result.json": {"export_dir": EVIL, "time_shares": shares, "eval_accuracy": EVIL},
             "metrics.jsonl": [{"step": 1, f"stage0/{EVIL}": 1.0, EVIL: 2.0, "perf/rank0/x": 1}],
-            "texts.jsonl": [{"step": 1, "name": "samples", "prompt": EVIL, EVIL: EVIL}],
+            "tables.jsonl": [{"step": 1, "name": "samples", "prompt": EVIL, EVIL: EVIL}],
             "plan.txt": EVIL,
             "logs/rank0.log": logged(f"WARNING scpl_ds.x: {EVIL}"),
         },
@@ -124,7 +124,7 @@ def test_secrets_are_replaced_wherever_they_stand(tmp_path: Path):
         **{
             "recipe.yaml": {"trackers": [{"name": "x", "api_key": "abc123"}], "note": TOKEN},
             "logs/rank0.log": logged(f"WARNING scpl_ds.x: login as {TOKEN}"),
-            "texts.jsonl": [{"step": 1, "name": "s", "text": TOKEN}],
+            "tables.jsonl": [{"step": 1, "name": "s", "text": TOKEN}],
             "plan.txt": "https://me:pass@host/",
             "about.json": {"versions": {"x": TOKEN}, "machine": {"cpu": TOKEN}},
         },
@@ -136,7 +136,7 @@ def test_secrets_are_replaced_wherever_they_stand(tmp_path: Path):
 
 def test_text_that_no_file_can_hold_is_shown_as_lost(tmp_path: Path):
     lost = '{"step": 1, "name": "s", "text": "a\\ud800b\\u0000c\\u2028d"}\n'
-    folder = run_folder(tmp_path / "run", **{"texts.jsonl": lost})
+    folder = run_folder(tmp_path / "run", **{"tables.jsonl": lost})
     target = page.write([folder], None)
     assert "a�b�c\u2028d" in Page(target.read_text(encoding="utf-8")).words
 
@@ -180,7 +180,7 @@ def test_broken_files_leave_the_rest_of_the_page(tmp_path: Path):
         **{
             "recipe.yaml": None, "about.json": "[1", "result.json": '["x"]', "latest": "",
             "metrics.jsonl": '{"step": 1, "head/loss": 0.25}\n{"step": "x"}\n[1]\n{"step": 2, "he',
-            "profile/timeline.svg": "no picture", "texts.jsonl": "\x00\n",
+            "profile/timeline.svg": "no picture", "tables.jsonl": "\x00\n",
         },
     )  # fmt: skip
     (folder / "recipe.yaml").write_text("a: [1\n", encoding="utf-8")
@@ -188,6 +188,51 @@ def test_broken_files_leave_the_rest_of_the_page(tmp_path: Path):
     assert found.curves()["training"] == [[1, 0.25]]
     for missing in ("recipe.yaml cannot be read", "no about.json", "train.profile=true"):
         assert missing in found.words
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, 10**299, 9.9e299, 1.7e308, -1.7e308, 5e-324, -1e-322, 1e-299]
+)
+@pytest.mark.parametrize("place", ["metrics", "step", "memory", "about"])
+def test_numbers_of_any_size_leave_a_page(tmp_path: Path, place: str, value: float):
+    step = value if place == "step" else 2
+    names = ("stage0/loss", "stage0/grad_norm", "lr", "val/perplexity", "perf/tokens_per_s")
+    rows = [
+        {"step": n, **dict.fromkeys(names, number)}
+        for n, number in ((1, 1.0), (step, value if place == "metrics" else 2.0), (3, 1.0))
+    ]
+    shares = [{"rank": 0, "busy": value}] if place == "about" else []
+    peaks = [value, 0] if place == "memory" else [0]
+    about = dict.fromkeys(("total_steps", "data_parallel", "majority_accuracy"), value)
+    files = {
+        "metrics.jsonl": rows,
+        "result.json": {"peak_memory_bytes": peaks, "time_shares": shares},
+        "about.json": {"predicted": {"memory": {"ranks": [{"peak": peaks[0]}]}},
+                       **(about if place == "about" else {})},
+    }  # fmt: skip
+    found = page_of(run_folder(tmp_path / "run", **files))
+    assert [1, 1.0] in found.curves()["stage 0"] and [3, 1.0] in found.curves()["stage 0"]
+    assert "nan" not in "".join(tag.attributes.get("d") or "" for tag in found.named("path"))
+
+
+def test_ranks_beyond_what_a_page_can_hold_are_counted(tmp_path: Path):
+    about = {"data_parallel": 10**9, "predicted": {"memory": {"ranks": [{"peak": 2**30}]}}}
+    words = page_of(run_folder(tmp_path / "run", **{"about.json": about})).words
+    assert "rank 255 predicted" in words and "rank 256 predicted" not in words
+    assert "999999744 more ranks" in words
+
+
+def test_names_that_look_like_numbers_but_are_none_are_passed_over(tmp_path: Path):
+    rows = [{"step": 1, f"stage{'9' * 5000}/loss": 1.0, f"perf/rank{'9' * 5000}/busy": 1.0}]
+    folder = run_folder(
+        tmp_path / "run",
+        **{
+            "metrics.jsonl": [*rows, {"step": 2, "head/loss": 0.5}],
+            "logs/rank².log": logged("WARNING scpl_ds.x: careful"),
+            "checkpoint-²/manifest.json": {},
+        },
+    )
+    assert page_of(folder).curves()["training"] == [[2, 0.5]]
 
 
 def test_a_run_before_its_first_step_has_a_page(tmp_path: Path):
@@ -253,7 +298,7 @@ def test_the_status_is_what_files_lock_and_logs_say(tmp_path: Path):
     failure = "DEBUG scpl_ds.cli: traceback of the error\nTraceback:\nDivergenceError: loss is nan"
     run_folder(folder, **{"logs/rank1.log": logged(failure)})
     assert status(folder) == ("failed", "DivergenceError: loss is nan")
-    stopped = "WARNING scpl_ds.trainer: Stopped by SIGTERM after step 3 of 9, saved as x."
+    stopped = "WARNING scpl_ds.trainer: Stopped by SIGTERM on rank 1 after step 3 of 9, saved as x."
     run_folder(folder, **{"logs/rank0.log": logged("INFO scpl_ds.x: y", stopped)})
     assert status(folder)[0] == "stopped" and "step 3 of 9" in status(folder)[1]
     held = RunLock(folder)
