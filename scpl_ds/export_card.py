@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from scpl_ds.checkpoint import write_text
+from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.partition._hf import auto_class
 
 CARD = "README.md"
@@ -194,12 +195,13 @@ class _Card:
     def _training(self) -> str:
         if not self._recipe:
             return ""
-        state, config = self._state, self._recipe.get("deepspeed") or {}
+        config = DeepSpeedSection(
+            self._recipe.get("deepspeed") or {}, self._recipe.get("train") or {}
+        )
+        steps = config.filled.get("gradient_accumulation_steps")
         objective = self._of("scpl", "objective")
         named = objective if isinstance(objective, dict) else {}
         parts = [p.get("name") for p in named.get("parts", ()) if isinstance(p, dict)]
-        optimizer = config.get("optimizer") or {}
-        precision = [n for n in ("bf16", "fp16") if (config.get(n) or {}).get("enabled")]
         facts: dict[str, Any] = {
             "local objective": " + ".join(map(str, parts)) or named.get("name"),
             "its temperature": named.get("temperature"),
@@ -208,16 +210,14 @@ class _Card:
             "last part trained end to end": self._of("scpl", "polish") or None,
             "lookahead": self._of("scpl", "lookahead") or None,
             "optimizer steps": self._manifest["step"],
-            "micro-batch size": config.get("train_micro_batch_size_per_gpu")
-            or self._of("train", "per_device_train_batch_size"),
-            "gradient accumulation": config.get("gradient_accumulation_steps")
-            or self._of("train", "gradient_accumulation_steps"),
-            "data-parallel ranks": state.get("data_parallel"),
-            "optimizer": optimizer.get("type"),
-            "learning rate": (optimizer.get("params") or {}).get("lr")
-            or self._of("train", "learning_rate"),
+            "micro-batch size": config.micro_batch_size,
+            "gradient accumulation": steps,
+            "data-parallel ranks": self._state.get("data_parallel"),
+            "optimizer": config.filled["optimizer"]["type"],
+            "learning rate": config.lr,
             "LR schedule": self._of("train", "lr_scheduler_type"),
-            "precision": ", ".join(precision) or "fp32",
+            "precision": config.precision,
+            "autocast": config.autocast,
             "sharding": self._of("scpl", "sharding"),
             "longest text, tokens": self._of("data", "max_length"),
             "seed": self._of("train", "seed"),

@@ -200,7 +200,8 @@ def _refuse_other_data(mesh: Mesh, data: Data | None) -> None:
             raise DataError(
                 f"Rank {rank} on {host} reads other training data than rank 0 on {found[0][0]}: "
                 f"{other[0]} samples with checksum {other[1]}, not {found[0][1][0]} with "
-                f"{found[0][1][1]}. Give all machines the same files."
+                f"{found[0][1][1]}. Give all machines the same files; a script must shuffle with a "
+                "seed that is the same on all ranks."
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scpl_ds.data._base import DataOptions, DataSource, Splits, Texts
+from scpl_ds.data._identity import checksum_of_drawn
 from scpl_ds.data.prepared import Data, Facts
 from scpl_ds.errors import DataError
 from scpl_ds.partition.stage_module import PreTrainedModel
@@ -88,14 +89,16 @@ def data_of(recipe: Recipe, given: Given) -> Data:
     """
     train: Any = given.train if given.train is not None else range(0)
     held_out: Any = given.eval if given.eval is not None else range(0)
+    checksum: str | None = None
     if given.train is not None:
         _check(given, train)
+        checksum = checksum_of_drawn(train)
         if recipe.train.group_by_length and given.lengths is not None:
             train = WithLengths(train, given.lengths(train))
     classes = given.model.config.num_labels if given.model is not None else recipe.model.num_labels
     num_labels = None if recipe.model.task == "causal-lm" else classes
     pad = getattr(given.tokenizer, "pad_token_id", None)
-    facts = Facts(num_labels, (), pad, len(train), len(held_out), None)
+    facts = Facts(num_labels, (), pad, len(train), len(held_out), None, train_checksum=checksum)
     collate = cast("Callable[[list[Any]], dict[str, Tensor]]", given.collate)
     return Data(facts, given.tokenizer, train, held_out, collate=collate)
 

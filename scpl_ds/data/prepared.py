@@ -71,7 +71,8 @@ class Facts:
     kept_bounds: tuple[int, ...] | None = None
     """Or the cut that a resumed or scored run has already."""
     train_checksum: str | None = None
-    """Of the tokenised training samples; None of a stream, or where nothing is trained."""
+    """Of the tokenised training samples, or of some of a script's; None of a stream, of samples
+    that change, or where nothing is trained."""
 
 
 @dataclasses.dataclass

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from scpl_ds.errors import ScplError
 from tests.support import tiny
 from tests.support.distributed import distributed
-from tests.support.trainer import SCPL, Diary, accuracy, save_whole, trainer
+from tests.support.trainer import SCPL, Diary, accuracy, data, save_whole, trainer
 
 
 @pytest.fixture
@@ -144,6 +145,14 @@ def test_what_is_asked_for_in_the_last_steps_is_done_after_the_last(folder: Path
     trainer(folder, tmp_path / "run", callbacks=[diary], logging_steps=1).train()
     assert diary.steps("save") == diary.steps("evaluate") == [8]
     assert dist.get_rank() == 1 or len([log for log in diary.logs if "loss" in log]) == 8
+
+
+@distributed(2)
+def test_ranks_that_shuffled_differently_are_refused(folder: Path, tmp_path: Path):
+    shuffled = data(64, seed=1).shuffle(seed=dist.get_rank())
+    with pytest.raises(ScplError) as found:
+        trainer(folder, tmp_path / "run", train_dataset=shuffled, scpl={"stages": 1}).train()
+    assert "must shuffle with a seed" in str(found.value)
 
 
 @distributed(2)

@@ -113,6 +113,27 @@ def test_an_adapter_is_of_peft_and_a_language_model_has_its_perplexity(
     assert "PeftModel.from_pretrained" in card.text and "`8, 16`" in card.text
 
 
+def test_precision_and_sizes_are_what_was_trained_with_whoever_said_so(
+    plain_run: Path, tmp_path: Path
+):
+    section = {
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"},
+        "torch_autocast": {"enabled": True, "dtype": "float16"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+    }  # fmt: skip
+    manifest = changed(plain_run, train={"per_device_train_batch_size": 4, "learning_rate": 0.002})
+    manifest["client_state"]["recipe"]["deepspeed"] = section
+    write_card(tmp_path, manifest, "sequence-classification")
+    text = card_of(tmp_path).text
+    assert "`auto`" not in text
+    for setting, value in {
+        "precision": "fp32", "autocast": "fp16", "micro-batch size": 4, "learning rate": 0.002,
+        "gradient accumulation": 1,
+    }.items():  # fmt: skip
+        assert f"| {setting} | `{value}` |" in text
+
+
 def test_backpropagation_is_not_called_a_local_rule(plain_run: Path, tmp_path: Path):
     write_card(tmp_path, changed(plain_run, scpl={"method": "bp"}), "sequence-classification")
     text = card_of(tmp_path).text
