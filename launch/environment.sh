@@ -67,7 +67,9 @@ install() (
     echo "Installing scpl-ds[$extras] into $VENV (minutes, once)"
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c constraints.txt)
     "${pip[@]}" torch # first and with its progress: it and what it brings are the largest
-    "${pip[@]}" --quiet -e ".[$extras]"
+    # compat: by a path. By a finder, as is the default, a clone named scpl_ds would be found in its place
+    # by a Python that runs in the folder above it.
+    "${pip[@]}" --quiet --config-settings editable_mode=compat -e ".[$extras]"
     for extra in ${extras//,/ }; do
         fingerprint >"$VENV/scpl_ds-$extra.stamp"
     done
