@@ -195,10 +195,6 @@ class _Card:
     def _training(self) -> str:
         if not self._recipe:
             return ""
-        config = DeepSpeedSection(
-            self._recipe.get("deepspeed") or {}, self._recipe.get("train") or {}
-        )
-        steps = config.filled.get("gradient_accumulation_steps")
         objective = self._of("scpl", "objective")
         named = objective if isinstance(objective, dict) else {}
         parts = [p.get("name") for p in named.get("parts", ()) if isinstance(p, dict)]
@@ -210,14 +206,9 @@ class _Card:
             "last part trained end to end": self._of("scpl", "polish") or None,
             "lookahead": self._of("scpl", "lookahead") or None,
             "optimizer steps": self._manifest["step"],
-            "micro-batch size": config.micro_batch_size,
-            "gradient accumulation": steps,
             "data-parallel ranks": self._state.get("data_parallel"),
-            "optimizer": config.filled["optimizer"]["type"],
-            "learning rate": config.lr,
             "LR schedule": self._of("train", "lr_scheduler_type"),
-            "precision": config.precision,
-            "autocast": config.autocast,
+            **self._optimization(),
             "sharding": self._of("scpl", "sharding"),
             "longest text, tokens": self._of("data", "max_length"),
             "seed": self._of("train", "seed"),
@@ -225,6 +216,21 @@ class _Card:
         }
         rows = [[name, f"`{value}`"] for name, value in facts.items() if value not in (None, "")]
         return _table(["setting", "value"], rows)
+
+    def _optimization(self) -> dict[str, Any]:
+        """Empty where the checkpoint knows no more of its recipe than what its stages are."""
+        section, train = self._recipe.get("deepspeed"), self._recipe.get("train")
+        if not (isinstance(section, Mapping) and isinstance(train, Mapping)):
+            return {}
+        config = DeepSpeedSection(section, train)
+        return {
+            "micro-batch size": config.micro_batch_size,
+            "gradient accumulation": config.filled.get("gradient_accumulation_steps"),
+            "optimizer": config.filled["optimizer"]["type"],
+            "learning rate": config.lr,
+            "precision": config.precision,
+            "autocast": config.autocast,
+        }
 
     def _lora(self) -> str | None:
         found = self._of("model", "lora")
