@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from scpl_ds.checkpoint import write_text
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.partition._hf import auto_class
+from scpl_ds.recipe_fields import MADE_BY_A_SCRIPT
 
 CARD = "README.md"
 _HOME = "https://arxiv.org/abs/2602.00062"
@@ -101,7 +102,7 @@ class _Card:
     def _base(self) -> str | None:
         """On the hub; the recipe has folders by their absolute paths."""
         name = self._of("model", "name_or_path")
-        if not isinstance(name, str) or Path(name).is_absolute():
+        if not isinstance(name, str) or Path(name).is_absolute() or name == MADE_BY_A_SCRIPT:
             return None
         return _EMBEDDED.get(name, name)
 
@@ -151,7 +152,11 @@ class _Card:
 
     def _what(self) -> str:
         base = self._base()
-        source = f"[`{base}`](https://huggingface.co/{base})" if base else "a local model"
+        source = "fine-tuned from a local model"
+        if base:
+            source = f"fine-tuned from [`{base}`](https://huggingface.co/{base})"
+        elif self._of("model", "name_or_path") == MADE_BY_A_SCRIPT:
+            source = "trained from weights that a script made, with no base model on record,"
         what = "A LoRA adapter" if self._adapter else "A model"
         task = _PIPELINES[self._task].replace("-", " ")
         if not self._recipe:
@@ -159,7 +164,7 @@ class _Card:
         method = self._of("scpl", "method")
         count = len(self._manifest["bounds"]) - 1
         return (
-            f"{what} for {task}, fine-tuned from {source} with scpl_ds in {count} pipeline "
+            f"{what} for {task}, {source} with scpl_ds in {count} pipeline "
             f"stage{'s' if count > 1 else ''}. {_RULES.get(str(method), '')}".rstrip()
         )
 

@@ -66,6 +66,8 @@ AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 """What is read: a finished run finds it from any folder."""
 HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """What is written; stays relative, only ``~`` is put in."""
+MADE_BY_A_SCRIPT = "(made by a script)"
+"""``model.name_or_path`` of a run that was given its model, weights of no known origin."""
 NameOrFolder = Annotated[str, Field(min_length=1), AfterValidator(name_or_folder)]
 """As ``from_pretrained`` takes it."""
 

@@ -15,6 +15,7 @@ from scpl_ds.partition.config import load_config
 from scpl_ds.partition.lora import without_wrapper
 from scpl_ds.partition.stage_module import PreTrainedModel
 from scpl_ds.recipe import Recipe
+from scpl_ds.recipe_fields import MADE_BY_A_SCRIPT
 
 _TASKS = ("sequence-classification", "causal-lm")
 INSTEAD = {
@@ -80,12 +81,19 @@ def taken(model: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         except PartitionError:
             continue
         if fits:
-            name = getattr(whole.config, "_name_or_path", "") or whole.config.model_type
-            return whole, {"name_or_path": name, "task": task}
+            return whole, {"name_or_path": _origin(whole), "task": task}
     raise PartitionError(
         f"Trainer: a {type(whole).__name__} is neither a sequence classifier nor a causal language "
         "model of transformers. Use AutoModelForSequenceClassification or AutoModelForCausalLM."
     )
+
+
+def _origin(whole: PreTrainedModel) -> str:
+    """Where ``from_pretrained`` read the weights, or that they are of no folder or hub name: a
+    model made of a config has the config's name, and random weights."""
+    name = getattr(whole.config, "_name_or_path", "")
+    read = any(getattr(p, "_is_hf_initialized", False) for p in whole.parameters())
+    return name if name and read else MADE_BY_A_SCRIPT
 
 
 def inputs_of(whole: PreTrainedModel | None, recipe: Recipe) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 import scpl_ds
@@ -177,3 +178,21 @@ def test_a_run_folder_says_why_its_data_cannot_be_read_again(
     logging.getLogger("scpl_ds").handlers.clear()
     assert main(["eval", str(tmp_path / "run")]) == 2
     assert "given its data by a script" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_the_card_names_a_base_only_of_weights_that_were_read_from_it(
+    read: bool, folder: Path, tmp_path: Path
+):
+    """It used to say `base_model: bert` of random weights."""
+    model = model_in(folder)
+    if not read:
+        model = AutoModelForSequenceClassification.from_config(model.config)
+    model.config._name_or_path = "team/base"
+    made = trainer(folder, tmp_path / "run", model=model)
+    made.save_model(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == ("team/base" if read else None)
+    assert ("fine-tuned from" in card.text) is read
+    assert ("trained from weights that a script made" in card.text) is not read
+    assert made.recipe.model.name_or_path == ("team/base" if read else "(made by a script)")
