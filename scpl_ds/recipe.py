@@ -26,6 +26,7 @@ from scpl_ds.recipe_checks import across
 from scpl_ds.recipe_fields import Section
 from scpl_ds.recipe_files import apply_overrides, read_mapping
 from scpl_ds.recipe_fingerprint import fingerprint_of
+from scpl_ds.recipe_hub import problems_of_name
 from scpl_ds.recipe_scpl import ScplSection
 from scpl_ds.recipe_sections import DataChoice, ModelSection, TrackerChoice, TrainSection
 
@@ -96,12 +97,12 @@ class Recipe(Section):
     @property
     def output_dir(self) -> Path:
         """The run folder."""
-        return self.train.output_dir or Path("runs/recipe")
+        return _output_dir(self.train)
 
     @property
     def name(self) -> str:
         """Name of the run: ``train.run_name``, or the last part of the run folder."""
-        return self.train.run_name or self.output_dir.name
+        return _named_by(self.train)[1]
 
     @property
     def export_dir(self) -> Path:
@@ -130,6 +131,17 @@ class Recipe(Section):
         mapping = self.to_mapping()
         mapping["scpl"]["head"] = {"detach_features": self.scpl.detach_features}
         return fingerprint_of(mapping, self.deepspeed.filled)
+
+
+def _output_dir(train: TrainSection) -> Path:
+    return train.output_dir or Path("runs/recipe")
+
+
+def _named_by(train: TrainSection) -> tuple[str, str]:
+    """By which key a run is named, and how."""
+    if train.run_name:
+        return "train.run_name", train.run_name
+    return "train.output_dir", _output_dir(train).name
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -230,12 +242,12 @@ def recipe_schema() -> dict[str, Any]:
 def _build(raw: dict[str, Any], problems: list[Problem], where: str, run_dir: str) -> Recipe:
     required = ("model", "scpl", "deepspeed", "data")
     sections, found = _sections(raw, required)
-    problems = problems + found + across(sections)
-    if problems:
-        raise recipe_error(problems, where)
     train: TrainSection = sections.get("train") or TrainSection()
     if train.output_dir is None:
         train = train.model_copy(update={"output_dir": Path(run_dir)})
+    problems = problems + found + across(sections) + problems_of_name(train, *_named_by(train))
+    if problems:
+        raise recipe_error(problems, where)
     return Recipe(**{**sections, "train": train})
 
 

@@ -74,6 +74,24 @@ def repository(name: str) -> str:
     return name
 
 
+def problems_of_name(keys: HubKeys, key: str, name: str) -> list[Problem]:
+    """Found before the training, not at its end: a run whose name is to be the repository's.
+
+    Args:
+        keys: ``train``.
+        key: What the run is named by.
+        name: Of the run.
+    """
+    if not keys.push_to_hub or keys.hub_model_id is not None:
+        return []
+    try:
+        repository(name)
+    except ValueError as error:
+        text = f"true means a repository with the name of the run ({key}), and {error}"
+        return [Problem("train.push_to_hub", f"{text} Name one: train.push_to_hub: owner/name")]
+    return []
+
+
 def own_keys_first(schema: dict[str, Any]) -> None:
     """Put those of the hub behind the others of ``train``, and let a name stand for short."""
     known = schema["properties"]

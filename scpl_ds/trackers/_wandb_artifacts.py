@@ -40,15 +40,26 @@ class Uploads:
         self._todo: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._sent: list[tuple[Any, Path]] = []
         self._thread: threading.Thread | None = None
-        self._warned = False
+        self._warned = self._left_out = False
 
     def add(self, run: Any, made: Artifact) -> None:
-        """Take ``made`` as it is now."""
+        """Take ``made`` as it is now; where that cannot be, the run goes on without it."""
         name = f"{made.kind}-{run.id}-step-{made.step}"
         links = self._folder / name
         shutil.rmtree(links, ignore_errors=True)  # of an earlier save of that step
-        links.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(made.path, links, copy_function=_link)
+        try:
+            links.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(made.path, links, copy_function=_link)
+        except OSError as error:  # no room for a copy, where there can be no links
+            shutil.rmtree(links, ignore_errors=True)
+            say = log.debug if self._left_out else log.warning
+            say(
+                "artifact %s is left out: %s could not be linked or copied to %s: %s. Make room "
+                "there, or set log_model: false. All else is logged; this is said once.",
+                name, made.path, links, _why(error),
+            )  # fmt: skip
+            self._left_out = True
+            return
         self.later(f"artifact {name}", lambda: self._send(run, made, links))
 
     def later(self, what: str, work: Callable[[], None]) -> None:
@@ -126,3 +137,10 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another disk, or one without links
         shutil.copy2(source, target)
+
+
+def _why(error: OSError) -> str:
+    """Of ``copytree``'s list of every file the first one's reason."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    return str(error)

@@ -5,18 +5,17 @@ The network is the one thing that is not real here: ``HfApi`` is replaced by a r
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 
 from scpl_ds import export_hub
 from scpl_ds.errors import HubError
-from scpl_ds.export_hub import Destination, push, why_not
+from scpl_ds.export_hub import _CLIENT, Destination, push, why_not
 
 TOKEN = "hf_" + "x" * 30
 
@@ -26,7 +25,8 @@ class Hub:
 
     error: Exception | None = None
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, **options: Any) -> None:
+        self.token = options.get("token")
         self.asked: list[tuple[str, Any]] = []
         Hub.last = self
 
@@ -66,9 +66,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def answered(status: int) -> HfHubHTTPError:
-    request = httpx.Request("POST", "https://huggingface.co/api/repos/create")
+    request = _CLIENT.Request("POST", "https://huggingface.co/api/repos/create")
     text = f"{status} Client Error: no"
-    return HfHubHTTPError(text, response=httpx.Response(status, request=request))
+    return HfHubHTTPError(text, response=_CLIENT.Response(status, request=request))
+
+
+def wrapped(error: Exception) -> Exception:
+    """As huggingface_hub does with what a thread of an upload raised."""
+    outer = RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
+    outer.__cause__ = error
+    return outer
 
 
 def test_one_commit_of_the_whole_folder_to_the_branch_that_was_asked_for(hub: Any, folder: Path):
@@ -92,8 +99,14 @@ def test_a_name_without_an_owner_is_under_the_tokens_account(hub: Any, folder: P
         (answered(401), "use a token with write access"),
         (answered(403), "use a token with write access"),
         (answered(500), "the hub answered 500"),
-        (httpx.ConnectError("[Errno 111] Connection refused"), "could not be reached"),
-        (OSError("disk of the cache is full"), "disk of the cache is full"),
+        (wrapped(answered(500)), "the hub answered 500"),
+        (_CLIENT.ConnectError("[Errno 111] Connection refused"), "could not be reached .Connect"),
+        (wrapped(_CLIENT.ReadTimeout("timed out")), "did not answer in time .ReadTimeout: timed"),
+        (_CLIENT.ProxyError("503 from the proxy"), "could not be reached .ProxyError"),
+        (ConnectionError("of hf_xet"), "could not be reached .ConnectionError: of hf_xet"),
+        (TimeoutError("of hf_xet"), "did not answer in time .TimeoutError"),
+        (OSError(28, "No space left"), "failed on this side .OSError: .Errno 28. No space left"),
+        (ValueError(f"illegal header Bearer {TOKEN}"), "on this side .*illegal header Bearer <tok"),
     ],
 )
 def test_what_goes_wrong_is_named_with_what_to_do_and_the_export_stays(
@@ -106,6 +119,15 @@ def test_what_goes_wrong_is_named_with_what_to_do_and_the_export_stays(
     assert f"`hf upload team/model {folder} . --private --revision v2`" in message
     assert TOKEN not in message
     assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_token_that_is_given_is_the_one_that_is_used(
+    hub: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    push(folder, Destination("team/model"), message="", token="hf_given")
+    assert hub.last.token == "hf_given"
 
 
 def test_offline_mode_and_a_missing_token_are_known_before_anything_is_asked(
@@ -125,16 +147,10 @@ def test_offline_mode_and_a_missing_token_are_known_before_anything_is_asked(
 
 
 def test_what_an_earlier_upload_left_is_removed_and_other_files_are_not(hub: Any, folder: Path):
-    from fnmatch import fnmatch
-
     push(folder, Destination("team/model"), message="")
     patterns = hub.last.asked[-1][1]["delete_patterns"]
-
-    def goes(name: str) -> bool:
-        return any(fnmatch(name, pattern) for pattern in patterns)
-
-    ours = ("model-00001-of-00002.safetensors", "model.safetensors.index.json",
-            "adapter_config.json", "scpl_heads.json")  # fmt: skip
-    assert all(map(goes, ours))
-    assert not any(map(goes, ("README.md", "config.json", "notes.txt", "plot.png")))
-    assert json.dumps(patterns)
+    ours = {"model-00001-of-00002.safetensors", "model.safetensors.index.json",
+            "adapter_config.json", "scpl_heads.json"}  # fmt: skip
+    others = {"README.md", "config.json", "notes.txt", "plot.png"}
+    # As HfApi.upload_folder chooses.
+    assert set(filter_repo_objects(ours | others, allow_patterns=patterns)) == ours

@@ -35,6 +35,13 @@ def test_without_a_name_it_is_the_runs_own_and_without_the_key_there_is_none():
     ("keys", "told"),
     [
         ({"push_to_hub": "a/b/c"}, "train.hub_model_id: 'a/b/c' is no name of a repository"),
+        (
+            {"push_to_hub": True, "run_name": "my run: 3"},
+            "train.push_to_hub: true means a repository with the name of the run (train.run_name), "
+            "and 'my run: 3' is no name of a repository: Repo id must use alphanumeric",
+        ),
+        ({"push_to_hub": True, "output_dir": "runs/a--b"}, "(train.output_dir), and 'a--b' is no"),
+        ({"push_to_hub": True, "output_dir": "."}, "Name one: train.push_to_hub: owner/name"),
         ({"push_to_hub": "a/b", "hub_model_id": "a/c"}, "keep one of the two"),
         ({"hub_revision": "v1"}, "train.hub_revision: has no effect without push_to_hub"),
         ({"push_to_hub": True, "export": False}, "train.push_to_hub: uploads the export"),
@@ -48,6 +55,11 @@ def test_what_cannot_be_is_refused(keys: dict[str, Any], told: str):
         recipe_with(**keys)
     assert told in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_run_of_any_name_may_be_uploaded_under_another_or_not_at_all():
+    assert recipe_with(run_name="my run: 3").name == "my run: 3"
+    assert recipe_with(run_name="my run: 3", push_to_hub="me/x").name == "my run: 3"
 
 
 def test_a_language_model_has_no_classes_to_show():

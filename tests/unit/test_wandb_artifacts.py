@@ -82,6 +82,51 @@ def test_the_recipe_says_what_is_kept_and_else_wandbs_own_variable(
     assert (tmp_path / "run" / "wandb" / "artifacts").exists() is bool(kinds)
 
 
+NO_ROOM = """
+import os, resource
+from pathlib import Path
+from scpl_ds.trackers._base import Artifact, TrackerSet
+def refuses(*_):  # as between two disks
+    raise OSError(18, "Invalid cross-device link")
+run = Path({run!r})
+section = {{"name": "wandb", "mode": "offline", "log_model": "checkpoint"}}
+trackers = TrackerSet.build([section], run_dir=run, resume=False)
+trackers.start({{}})
+os.link = refuses
+for step in (1, 2):
+    made = run / f"checkpoint-{{step}}"
+    made.mkdir()
+    (made / "a.bin").write_bytes(bytes(10_000_000))
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, hard))
+    trackers.artifact(Artifact(made, "checkpoint", step, {{}}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    trackers.log({{"head/loss": 1.0 / step}}, step)
+trackers.finish({{"steps": 2}})
+"""
+
+
+def test_an_artifact_without_room_for_its_copy_is_left_out_and_the_run_goes_on(tmp_path: Path):
+    """The tracker used to be left out, with all that was to come."""
+    pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    run.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM.format(run=str(run))],
+        env={"PATH": "", "HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    found = read_wandb_file(file)
+    assert [row["head/loss"] for row in found.history if "head/loss" in row] == [1.0, 0.5]
+    assert found.summary["steps"] == 2 and found.artifacts == ()
+    (said,) = [line for line in done.stderr.splitlines() if "left out" in line]
+    assert f"artifact checkpoint-{found.run_id}-step-1 is left out" in said
+    assert "File too large" in said
+    assert not list((run / "wandb" / "artifacts").iterdir())
+
+
 def test_a_link_costs_no_room_and_where_there_can_be_none_the_file_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
