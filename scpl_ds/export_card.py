@@ -225,7 +225,7 @@ class _Card:
     def _optimization(self) -> dict[str, Any]:
         """Empty where the checkpoint knows no more of its recipe than what its stages are."""
         section, train = self._recipe.get("deepspeed"), self._recipe.get("train")
-        if not (isinstance(section, Mapping) and isinstance(train, Mapping)):
+        if not (isinstance(section, dict) and isinstance(train, dict)):
             return {}
         config = DeepSpeedSection(section, train)
         return {

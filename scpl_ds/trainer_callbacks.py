@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 from transformers.trainer_utils import speed_metrics
@@ -83,6 +84,11 @@ class Callbacks(Hooks):
             self.add(callback)
         self._took = 0.0
         self._run: Run | None = None
+        self._steps, self._task_losses = 0, torch.zeros((), dtype=torch.float64)
+        self.mean_loss = 0.0
+        """The task loss, mean over this call's steps and over data-parallel ranks: as
+        ``train_loss`` of transformers, which counts no step before a resumed one, and gives 0 where
+        there was none."""
 
     def add(self, callback: Any) -> None:
         """As ``Trainer.add_callback``."""
@@ -142,6 +148,7 @@ class Callbacks(Hooks):
 
     def after_step(self, step: int) -> None:
         assert self._run is not None
+        self._add_up(self._run.engine)
         progress, state = self._run.progress, self.state
         state.global_step, state.epoch = step, progress.epoch(step)
         self.call("on_step_end")
@@ -152,6 +159,13 @@ class Callbacks(Hooks):
             self.call("on_epoch_end")
             if self._epochs_are_heard:
                 self._meet()
+
+    def _add_up(self, engine: Engine) -> None:
+        """On the device, which nobody waits for."""
+        self._steps += 1
+        if engine.is_last_stage():
+            loss = engine.stages[-1].metrics["head_loss"].double()
+            self._task_losses = self._task_losses.to(loss.device) + loss
 
     def last_step(self, show: Callable[[], None]) -> None:
         wait_for_all(self._mesh)  # all have posted their numbers
@@ -205,6 +219,10 @@ class Callbacks(Hooks):
 
     def end(self) -> None:
         assert self._run is not None
+        engine, mean = self._run.engine, float(self._task_losses) / max(1, self._steps)
+        found = gather_objects(self._run.mesh, [mean] if engine.is_last_stage() else [])
+        means = [one for own in found for one in own]
+        self.mean_loss = sum(means) / len(means)
         # Numbers of training steps reach rank 0 alone while it trains.
         self.state.log_history = broadcast_object(self._run.mesh, self.state.log_history)
         self.call("on_train_end")

@@ -6,17 +6,20 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 
+Kind = Literal["mapped", "free", "differs", "refused"]
+
+
 class Field(NamedTuple):
     """One field of ``TrainingArguments``."""
 
-    kind: Literal["mapped", "free", "refused"]
-    """``mapped``: honoured; ``free``: any value is right, there is nothing to honour; ``refused``:
-    a value other than the default is an error."""
+    kind: Kind
+    """``mapped``: honoured; ``free``: any value is right, there is nothing to honour; ``differs``:
+    neither value is what is done; ``refused``: a value other than the default is an error."""
     text: str
     """Where it goes; why nothing depends on it; or what to do instead."""
 
 
-def _fields(kind: Literal["mapped", "free", "refused"], table: str) -> dict[str, Field]:
+def _fields(kind: Kind, table: str) -> dict[str, Field]:
     """``name name: text`` in every line."""
     found = {}
     for line in table.strip().splitlines():
@@ -70,7 +73,6 @@ FIELDS: dict[str, Field] = {
         logging_nan_inf_filter: a loss that is NaN ends the run with an error
         project trackio_space_id trackio_bucket_id trackio_static_space_id: of trackio, which `report_to` refuses
         hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision: of `push_to_hub`, which is refused
-        average_tokens_across_devices: a loss is the mean over its micro-batch, a step the mean over micro-batches and ranks
         dataloader_drop_last: training always leaves out the last, incomplete global batch of an epoch
         dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor: how data are read ahead is the loader's own
         dataloader_multiprocessing_context dataloader_in_order: the same; the order is always kept
@@ -79,6 +81,12 @@ FIELDS: dict[str, Field] = {
         ddp_backend tf32: TrainingArguments acts on it itself
         enable_jit_checkpoint: SIGTERM and SIGUSR1 always leave a checkpoint
         use_cache: training keeps no cache
+        """,
+    ),
+    **_fields(
+        "differs",
+        """
+        average_tokens_across_devices: whatever it says, a loss is the mean over the labelled tokens of its micro-batch, a step the mean over micro-batches and ranks; the same numbers only where all label equally many
         """,
     ),
     **_fields(
@@ -117,6 +125,6 @@ def table() -> str:
     rows: dict[Field, list[str]] = {}
     for name, field in FIELDS.items():
         rows.setdefault(field, []).append(f"`{name}`")
-    said = {"mapped": "", "free": "any value: ", "refused": "refused: "}
+    said = {"mapped": "", "free": "any value: ", "differs": "differs: ", "refused": "refused: "}
     lines = [f"| {', '.join(names)} | {said[f.kind]}{f.text} |" for f, names in rows.items()]
     return "\n".join(["| argument | here |", "|---|---|", *lines])

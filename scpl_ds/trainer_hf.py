@@ -171,7 +171,7 @@ class Trainer:
             resume_from_checkpoint: True: the latest in ``args.output_dir``; or a checkpoint.
 
         Returns:
-            Steps, mean of the logged losses, and ``train_runtime`` and so on.
+            Steps, mean of the task loss over those of this call, ``train_runtime`` and so on.
         """
         if self._trained:
             raise RecipeError(
@@ -204,8 +204,7 @@ class Trainer:
             run.engine.load_checkpoint(run.best.checkpoint, load_module_only=True)
         elif run.saved == steps:
             self._checkpoint = run.folder.path / f"checkpoint-{steps}"
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        loss = sum(losses) / len(losses) if losses else float("nan")
+        loss = hooks.mean_loss
         samples = (steps - done) * recipe.deepspeed.batch(mesh.dp_size).global_batch
         metrics = speed_metrics("train", began, num_samples=samples, num_steps=steps - done)
         metrics |= {"train_loss": loss, "epoch": self.state.epoch}

@@ -101,6 +101,19 @@ def test_metrics_see_every_sample_once_in_order_whatever_the_ranks(folder: Path,
     assert np.allclose(alone.predictions[0], found.predictions[7], rtol=1e-4, atol=1e-5)
 
 
+@distributed(4)
+def test_train_loss_is_the_mean_over_steps_and_data_parallel_ranks_on_every_rank(
+    folder: Path, tmp_path: Path
+):
+    made = trainer(folder, tmp_path / "run", logging_steps=1, per_device_train_batch_size=4)
+    found = made.train().training_loss
+    losses = [log["loss"] for log in made.state.log_history if "loss" in log]
+    assert len(losses) == 8 and found == pytest.approx(np.mean(losses), rel=1e-6)
+    every: list[Any] = [None] * 4
+    dist.all_gather_object(every, found)
+    assert set(every) == {found}
+
+
 @distributed(2)
 def test_a_stop_that_one_rank_asks_for_in_an_evaluation_holds_for_all(folder: Path, tmp_path: Path):
     asks = {4: "should_training_stop"} if dist.get_rank() == 1 else {}

@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification, EarlyStoppingCallba
 
 import scpl_ds
 from scpl_ds.errors import DataError, PartitionError, RecipeError
+from tests.support import tiny_lm
 from tests.support.tiny import assert_same, tensors_of
-from tests.support.trainer import Diary, accuracy, data, model_in, save_whole, trainer
+from tests.support.trainer import Diary, accuracy, arguments, data, model_in, save_whole, trainer
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +197,45 @@ def test_the_card_names_a_base_only_of_weights_that_were_read_from_it(
     assert ("fine-tuned from" in card.text) is read
     assert ("trained from weights that a script made" in card.text) is not read
     assert made.recipe.model.name_or_path == ("team/base" if read else "(made by a script)")
+
+
+@pytest.mark.parametrize("method", ["scpl", "bp"])
+def test_train_loss_is_the_mean_over_the_steps_of_the_call_as_in_transformers(
+    method: str, folder: Path, tmp_path: Path
+):
+    """It used to be that of the logged steps, so of the last one where few are logged."""
+    scpl = {"method": method, "sharding": "none"}
+    every = trainer(folder, tmp_path / "every", logging_steps=1, scpl=scpl)
+    every.train()
+    losses = [log["loss"] for log in every.state.log_history if "loss" in log]
+    assert len(losses) == 8 and max(losses) - min(losses) > 0.001
+    few = trainer(
+        folder, tmp_path / "few", logging_steps=8, save_strategy="steps", save_steps=5, scpl=scpl
+    )
+    found: Any = few.train()
+    assert found.training_loss == found.metrics["train_loss"]
+    assert found.training_loss == pytest.approx(np.mean(losses), rel=1e-6)
+    saved = tmp_path / "few" / "checkpoint-5"
+    found = trainer(folder, tmp_path / "few", scpl=scpl).train(saved)
+    assert found.training_loss == pytest.approx(np.mean(losses[5:]), rel=1e-6)
+    again = trainer(folder, tmp_path / "few", scpl=scpl, save_strategy="steps")
+    assert again.train(tmp_path / "few" / "checkpoint-8").training_loss == 0.0
+
+
+def test_a_step_is_the_mean_of_micro_batches_however_many_tokens_they_label(tmp_path: Path):
+    """Not of all their tokens, whatever ``average_tokens_across_devices`` says."""
+    ids = torch.randint(1, 257, (4, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:2, 3:] = -100
+    samples: Any = [{"input_ids": i, "labels": n} for i, n in zip(ids, labels, strict=True)]
+    model = tiny_lm.model()
+    with torch.no_grad():
+        alone = [float(model(i[None], labels=n[None]).loss) for i, n in zip(ids, labels)]
+        whole = float(model(ids, labels=labels).loss)
+    assert abs(np.mean(alone) - whole) > 0.001
+    args = arguments(
+        tmp_path / "run", per_device_train_batch_size=1, gradient_accumulation_steps=4,
+        max_steps=1, average_tokens_across_devices=True,
+    )  # fmt: skip
+    made = scpl_ds.Trainer(model, args, train_dataset=samples, scpl={"stages": 1})
+    assert made.train().training_loss == pytest.approx(np.mean(alone), rel=1e-5)
