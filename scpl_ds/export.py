@@ -89,6 +89,7 @@ def export_checkpoint(
     merge: bool = False,
     max_shard_size: int = SHARD_BYTES,
     result: Mapping[str, Any] | None = None,
+    left: str | None = None,
 ) -> Path:
     """Write ``out`` so that plain ``AutoModel...from_pretrained(out)`` gives the trained model.
 
@@ -100,7 +101,8 @@ def export_checkpoint(
     Of a run with ``model.lora`` it is an adapter, for ``PeftModel.from_pretrained(base, out)``, or
     with ``merge`` the whole model with the adapter added to its weights, which needs its memory.
 
-    ``result`` is what ``export_card.write_card`` says scores from.
+    ``result`` is what ``export_card.write_card`` says scores from; ``left`` what is said to be left
+    where it cannot be written, if not ``folder``.
 
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged, or holds no config.
@@ -131,9 +133,9 @@ def export_checkpoint(
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     again = f"`scpl-ds export {folder} {out} --task {task}{' --merge' if merge else ''}`"
-    left = f"Nothing of it is kept; {folder} is whole. Make room or mend the disk, then {again}."
+    kept = f"Nothing of it is kept; {folder} is whole. Make room or mend the disk, then {again}."
     try:
-        with writing(out, then=left):
+        with writing(out, then=left or kept):
             shutil.copytree(source, partial)
             if adapted:
                 _write_adapter(reader, partial)

@@ -16,6 +16,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from scpl_ds.problems import Problem, recipe_error
 from scpl_ds.recipe import Recipe
 from scpl_ds.recipe_files import read_mapping
+from scpl_ds.recipe_hub import repository
+from scpl_ds.trainer_export import destination_of
 from scpl_ds.trainer_fields import FIELDS, Field
 
 WHERE = "TrainingArguments"
@@ -84,6 +86,8 @@ def _values(args: TrainingArguments) -> list[Problem]:
         among("report_to", str(name), _TRACKERS)
     sampling = getattr(args, "train_sampling_strategy", "random")
     among("train_sampling_strategy", _word(sampling), ("random", "group_by_length"))
+    if args.push_to_hub:
+        problems += _hub_problems(args)
     if args.label_names not in (None, ["labels"]):
         problems.append(
             Problem("label_names", f"{args.label_names} must be ['labels'], as models call them")
@@ -110,6 +114,22 @@ def _values(args: TrainingArguments) -> list[Problem]:
             )
             problems.append(Problem(field, message))
     return problems + _precision_problems(args)
+
+
+def _hub_problems(args: TrainingArguments) -> list[Problem]:
+    problems: list[Problem] = []
+    if (strategy := _word(args.hub_strategy)) != "end":
+        message = (
+            f"'{strategy}' cannot be honoured: nothing is uploaded during training. Set "
+            "hub_strategy='end': save_model and push_to_hub upload the model"
+        )
+        problems.append(Problem("hub_strategy", message))
+    where = "hub_model_id" if args.hub_model_id else "output_dir"
+    try:
+        repository(destination_of(args).repo_id)
+    except ValueError as error:
+        problems.append(Problem(where, f"push_to_hub: {error} Set hub_model_id='owner/name'"))
+    return problems
 
 
 def _precision_problems(args: TrainingArguments) -> list[Problem]:

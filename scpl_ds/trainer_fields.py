@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-
 Kind = Literal["mapped", "free", "differs", "refused"]
 
 
@@ -62,6 +61,9 @@ FIELDS: dict[str, Field] = {
         ddp_timeout: `scpl.timeout_s`
         deepspeed: the recipe's `deepspeed` section, `"auto"` values filled in; may have an `scpl` block
         fsdp fsdp_config: `scpl.sharding: fsdp`, ZeRO 3, or 2 with `reshard_after_forward: False`
+        push_to_hub: `save_model` uploads what it has written, as in Trainer; `trainer.push_to_hub()` does so without it too
+        hub_strategy: only `end`, which has to be set with `push_to_hub`
+        hub_model_id hub_private_repo hub_revision hub_token: the same; the token is in no recipe and no checkpoint
         use_cpu: needs CUDA_VISIBLE_DEVICES to be empty where there is a GPU
         """,
     ),
@@ -72,7 +74,7 @@ FIELDS: dict[str, Field] = {
         log_level log_level_replica log_on_each_node: of transformers' own log lines
         logging_nan_inf_filter: a loss that is NaN ends the run with an error
         project trackio_space_id trackio_bucket_id trackio_static_space_id: of trackio, which `report_to` refuses
-        hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision: of `push_to_hub`, which is refused
+        hub_always_push: of uploads during training, of which there are none
         dataloader_drop_last: training always leaves out the last, incomplete global batch of an epoch
         dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor: how data are read ahead is the loader's own
         dataloader_multiprocessing_context dataloader_in_order: the same; the order is always kept
@@ -107,7 +109,6 @@ FIELDS: dict[str, Field] = {
         batch_eval_metrics: compute_metrics gets one EvalPrediction of the whole set
         save_only_model: a checkpoint holds what a resumed run needs; save_model writes the model alone
         save_on_each_node: checkpoints need one file system that all ranks see
-        push_to_hub: call save_model and upload the folder (huggingface_hub.upload_folder)
         ignore_data_skip: a resumed run goes on behind the last sample, at no cost
         full_determinism: call transformers.enable_full_determinism(seed) in the script
         accelerator_config: batches are not split or dispatched; leave it out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,10 +25,8 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
-from scpl_ds import export
 from scpl_ds.data.given import SOURCE, Given, size_of
 from scpl_ds.data.loader import BatchLoader
-from scpl_ds.distributed.collectives import gather_objects
 from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.distributed.world import RankEnv
 from scpl_ds.engine import Engine
@@ -49,7 +46,13 @@ from scpl_ds.setup import (
 from scpl_ds.trainer import Run
 from scpl_ds.trainer_arguments import WHERE, groups_by_length, mapping_of, with_steps
 from scpl_ds.trainer_callbacks import Callbacks, hf_metrics
-from scpl_ds.trainer_files import write_files
+from scpl_ds.trainer_export import (
+    destination_of,
+    refuse_card_options,
+    save_whole,
+    upload,
+    warn_of_no_upload,
+)
 from scpl_ds.trainer_guard import guarded
 from scpl_ds.trainer_inputs import INSTEAD, check_data, inputs_of, refuse_others, taken
 from scpl_ds.trainer_predictions import ComputeMetrics, Predicted, Preprocess, predict
@@ -125,6 +128,7 @@ class Trainer:
         recipe = recipe_from_mapping(mapping, where=f"{WHERE} and scpl")
         self.recipe: Recipe = self._with_steps(recipe)
         """What is run; ``to_yaml()`` shows it."""
+        warn_of_no_upload(self.args)
         padded = data_collator or (
             default_data_collator
             if processing_class is None
@@ -276,38 +280,45 @@ class Trainer:
         Args:
             output_dir: A new folder, or an earlier export; default ``<args.output_dir>/export``,
                 as ``args.output_dir`` itself is the run folder.
+
+        With ``args.push_to_hub`` it is uploaded too.
         """
         run = self.recipe.output_dir
         asked = run if output_dir is None else Path(output_dir)
         out = run / "export" if asked.resolve() == run.resolve() else asked
-        mesh, _, model, engine = self._ready()
-        together(mesh, lambda: export.check_destination(out, key="save_model"))
-        source = self._checkpoint
-        if source is None:  # these weights are in no checkpoint
-            scratch = out.with_name(f".{out.name}.checkpoint")
-            kept = [name for stage in engine.stages for name in stage.module.body.kept or ()]
-            trained = [name for names in gather_objects(mesh, kept) for name in names]
-            if mesh.rank == 0:
-                files = scratch / "files"
-                files.mkdir(parents=True, exist_ok=True)
-                write_files(model, files, self.processing_class, self.recipe, trained)
-            source = together(mesh, lambda: self._save_into(engine, scratch))
-        else:
-            scratch = None
+        _, _, model, engine = self._ready()
+        save_whole(engine, model, self.recipe, self.processing_class, out, self._checkpoint)
+        if self.args.push_to_hub and not _internal_call:
+            to = destination_of(self.args)
+            upload(engine, out, to, "Model save", self.args.hub_token)
 
-        def write() -> None:
-            if mesh.rank == 0:
-                export.export_checkpoint(source, out, task=self.recipe.model.task)
-                if scratch is not None:
-                    shutil.rmtree(scratch)
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> str | None:
+        """Save the model into ``<args.output_dir>/export`` and upload that to ``args.hub_model_id``
+        (default: named as ``args.output_dir``); every rank must call it.
 
-        together(mesh, write)
+        Returns:
+            The commit's address, on rank 0.
 
-    def _save_into(self, engine: Engine, scratch: Path) -> Path:
-        state = {"recipe": self.recipe.to_mapping()}
-        return engine.save_checkpoint(
-            scratch, "whole", state, save_latest=False, model_files=scratch / "files"
-        )
+        Raises:
+            RecipeError: ``blocking=False``, or options of a model card.
+            HubError: The upload failed; the folder is whole.
+        """
+        refuse_card_options(card, blocking=blocking)
+        self.callback_handler.call("on_push_begin")
+        self.save_model(_internal_call=True)
+        mesh, _, _, engine = self._ready()
+        to = destination_of(self.args, revision, private)
+        folder = self.recipe.output_dir / "export"
+        url = upload(engine, folder, to, commit_message, token or self.args.hub_token)
+        return url if mesh.rank == 0 else None
 
     log_metrics = trainer_pt_utils.log_metrics
     metrics_format = trainer_pt_utils.metrics_format

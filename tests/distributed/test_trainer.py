@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from scpl_ds.errors import ScplError
 from tests.support import tiny
-from tests.support.distributed import distributed
+from tests.support.distributed import distributed, no_room
 from tests.support.trainer import SCPL, Diary, accuracy, data, save_whole, trainer
+from tests.unit.test_export_hub import Hub
 
 
 @pytest.fixture
@@ -187,3 +188,41 @@ def test_the_trainer_runs_under_deepspeed_with_a_ds_config(folder: Path, tmp_pat
     made.train()
     made.save_model(tmp_path / "out")
     assert made.evaluate()["eval_loss"] < before
+
+
+@pytest.mark.parametrize("limit", [100, 32 * 1024])
+@distributed(2)
+def test_a_model_that_rank_0_cannot_save_is_an_error_of_all_and_leaves_nothing(
+    limit: int, folder: Path, tmp_path: Path
+):
+    """100 bytes: config.json does not fit; 32 KiB: the weights do not. Rank 1 used to wait until
+    its timeout, and the scratch folder to stay."""
+    made = trainer(folder, tmp_path / "run", scpl={"timeout_s": 600})
+    made.evaluate()  # the ranks' connections, made through a file, are there
+    own = tmp_path / "own"
+    with no_room(0, limit), pytest.raises(ScplError) as found:
+        made.save_model(own / "out")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        assert "could not be written" in str(found.value) and "large" in str(found.value)
+        assert not own.exists() or not list(own.iterdir())
+    dist.barrier()
+    made.save_model(own / "out")
+    assert [path.name for path in own.iterdir()] == ["out"]
+
+
+@distributed(2)
+def test_rank_0_uploads_and_an_upload_that_fails_is_an_error_of_all(folder: Path, tmp_path: Path):
+    from huggingface_hub import constants
+
+    from scpl_ds import export_hub
+
+    export_hub.HfApi, constants.HF_HUB_OFFLINE = Hub, False
+    made = trainer(folder, tmp_path / "run")
+    url = made.push_to_hub(token="hf_x")
+    assert url == (None if dist.get_rank() else "https://huggingface.co/me/run/commit/1")
+    Hub.error = OSError(28, "No space left")
+    with pytest.raises(ScplError) as found:
+        made.push_to_hub(token="hf_x")
+    wanted = "rank 0 found the problem" if dist.get_rank() else "No space left"
+    assert wanted in str(found.value)

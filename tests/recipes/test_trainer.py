@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 import scpl_ds
-from scpl_ds.errors import DataError, PartitionError, RecipeError
+from scpl_ds import export_hub
+from scpl_ds.errors import DataError, HubError, PartitionError, RecipeError
 from tests.support import tiny_lm
 from tests.support.tiny import assert_same, tensors_of
 from tests.support.trainer import Diary, accuracy, arguments, data, model_in, save_whole, trainer
+from tests.unit.test_export_hub import Hub
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +232,9 @@ def test_a_step_is_the_mean_of_micro_batches_however_many_tokens_they_label(tmp_
     samples: Any = [{"input_ids": i, "labels": n} for i, n in zip(ids, labels, strict=True)]
     model = tiny_lm.model()
     with torch.no_grad():
-        alone = [float(model(i[None], labels=n[None]).loss) for i, n in zip(ids, labels)]
+        alone = [
+            float(model(i[None], labels=n[None]).loss) for i, n in zip(ids, labels, strict=True)
+        ]
         whole = float(model(ids, labels=labels).loss)
     assert abs(np.mean(alone) - whole) > 0.001
     args = arguments(
@@ -239,3 +243,59 @@ def test_a_step_is_the_mean_of_micro_batches_however_many_tokens_they_label(tmp_
     )  # fmt: skip
     made = scpl_ds.Trainer(model, args, train_dataset=samples, scpl={"stages": 1})
     assert made.train().training_loss == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Hub]:
+    """A hub that takes everything, and no token on this machine."""
+    monkeypatch.setattr(export_hub, "HfApi", Hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    return Hub
+
+
+def test_a_model_that_is_saved_is_uploaded_if_the_arguments_say_so(
+    hub: Any, folder: Path, tmp_path: Path
+):
+    made = trainer(
+        folder, tmp_path / "run", push_to_hub=True, hub_strategy="end", hub_token="hf_mine",
+        hub_model_id="team/model", hub_private_repo=True, hub_revision="v2",
+    )  # fmt: skip
+    assert "hf_mine" not in made.recipe.to_yaml()
+    made.save_model(tmp_path / "out")
+    repo, branch, (_, sent) = hub.last.asked
+    assert hub.last.token == "hf_mine" and repo[1] == (
+        "team/model", {"private": True, "exist_ok": True},
+    )  # fmt: skip
+    assert branch[1][1]["branch"] == "v2" and sent["commit_message"] == "Model save"
+    assert sent["folder_path"] == tmp_path / "out"
+    assert {"config.json", "README.md", "tokenizer.json"} <= sent["files"]
+
+
+def test_push_to_hub_uploads_the_trained_model_and_gives_its_address(
+    hub: Any, folder: Path, tmp_path: Path
+):
+    diary = Diary()
+    made = trainer(folder, tmp_path / "run", max_steps=1, callbacks=[diary])
+    made.train()
+    with pytest.raises(HubError, match=r"run/export was not uploaded to run: there is no token"):
+        made.push_to_hub()
+    url = made.push_to_hub("mine", token="hf_other", private=True, language=None)
+    assert url == "https://huggingface.co/me/run/commit/1" and hub.last.token == "hf_other"
+    assert hub.last.asked[0][1] == ("run", {"private": True, "exist_ok": True})
+    assert hub.last.asked[-1][1]["commit_message"] == "mine"
+    assert diary.steps("push_begin") == [1, 1]
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "export")
+    with pytest.raises(RecipeError, match=r"push_to_hub\(license\) cannot be honoured"):
+        made.push_to_hub(license="mit")
+    with pytest.raises(RecipeError, match="blocking=False"):
+        made.push_to_hub(blocking=False)
+
+
+def test_that_nothing_can_be_uploaded_is_said_before_the_training(
+    hub: Any, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("WARNING"):
+        trainer(folder, tmp_path / "run", push_to_hub=True, hub_strategy="end")
+    assert "push_to_hub: there is no token of the hub to upload to run with" in caplog.text

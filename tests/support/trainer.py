@@ -124,6 +124,9 @@ class Diary(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         return self._note("save", state, control)
 
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self._note("push_begin", state, control)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
         self.logs.append(dict(logs))
         return self._note("log", state, control)

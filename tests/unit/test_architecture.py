@@ -59,6 +59,7 @@ OWNERS: dict[str, frozenset[str]] = {
             "trainer_hf.py",
             "trainer_arguments.py",
             "trainer_callbacks.py",
+            "trainer_export.py",
             "trainer_predictions.py",
         }
     ),

@@ -65,7 +65,6 @@ REFUSED: dict[str, Any] = {
     "neftune_noise_alpha": 5.0,
     "optim_args": "a=1",
     "optim_target_modules": "all-linear",
-    "push_to_hub": True,
     "save_on_each_node": True,
     "save_only_model": True,
     "skip_memory_metrics": False,
@@ -94,6 +93,11 @@ def test_every_refused_field_is_tried():
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy"),
         ({"report_to": "comet_ml"}, "report_to"),
+        ({"push_to_hub": True, "hub_model_id": "me/x"}, r"hub_strategy: 'every_save' cannot be"),
+        (
+            {"push_to_hub": True, "hub_strategy": "end", "hub_model_id": "a/b/c"},
+            r"hub_model_id: push_to_hub: 'a/b/c' is no name of a repository.*hub_model_id='owner",
+        ),
         ({"label_names": ["start_positions"]}, "label_names"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
         (
