@@ -14,12 +14,14 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from scpl_ds.distributed.mesh import Mesh
+from scpl_ds.distributed.world import environment
 from scpl_ds.errors import ScplError
 
 # Which argument of each collective is a rank: DeepSpeed counts inside the stage, torch globally.
@@ -65,10 +67,11 @@ def stage_world(mesh: Mesh) -> None:
     Raises:
         ScplError: This DeepSpeed's communicator lacks a method we redirect.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for one, and says so
-    import deepspeed
-    import deepspeed.comm.comm as ds_comm
+    known = torch.cuda.is_available() or "DS_ACCELERATOR" in os.environ
+    # Or it looks for one when it is imported, and says that it found none.
+    with environment(**({} if known else {"DS_ACCELERATOR": "cpu"})):
+        import deepspeed
+        import deepspeed.comm.comm as ds_comm
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls torch 2.13's collectives by their old names, in every step.
@@ -76,7 +79,6 @@ def stage_world(mesh: Mesh) -> None:
     if not torch.cuda.is_available():
         # Compiled with g++ for a minute on first use, and only for inference_all_reduce.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")  # read all over DeepSpeed, also in one process
     if getattr(ds_comm.cdb, "scpl_world", dist.group.WORLD) is not dist.group.WORLD:
         # The world DeepSpeed was started in is gone (a second run of one process), but it keeps
         # that world's groups in module globals and has no way to let go of them.
@@ -88,6 +90,18 @@ def stage_world(mesh: Mesh) -> None:
     if getattr(base, "scpl_stage_group", None) is mesh.dp_group:
         return
     ds_comm.cdb = _stage_communicator(getattr(base, "scpl_whole_world", base), mesh)
+
+
+def tell_device(device: torch.device) -> None:
+    """Say the number of the GPU to ZeRO-3, which looks it up as LOCAL_RANK in its first steps too.
+
+    Only to it: a process without a launcher has no such variable, and one left behind would be a
+    launcher's to accelerate, and so to ``TrainingArguments``.
+    """
+    import deepspeed.runtime.zero.utils as zero_utils
+
+    own: Any = SimpleNamespace(environ={"LOCAL_RANK": str(device.index or 0)})
+    zero_utils.os = own
 
 
 def _stage_communicator(base: Any, mesh: Mesh) -> Any:

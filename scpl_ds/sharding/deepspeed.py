@@ -29,7 +29,7 @@ from scpl_ds.sharding._base import (
     trainable,
 )
 from scpl_ds.sharding._deepspeed_files import write_deepspeed_files
-from scpl_ds.sharding._deepspeed_world import stage_world
+from scpl_ds.sharding._deepspeed_world import stage_world, tell_device
 
 
 class DeepSpeedBackend(StageBackend):
@@ -50,6 +50,7 @@ class DeepSpeedBackend(StageBackend):
     ) -> None:
         super().__init__(module, make_optimizer, section, mesh, device)
         self.start(mesh)
+        tell_device(device)
         import deepspeed
 
         self._zero_stage = section.zero_stage

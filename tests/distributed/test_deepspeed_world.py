@@ -4,6 +4,10 @@ us."""
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from scpl_ds.distributed.mesh import Mesh
 from scpl_ds.sharding._deepspeed_world import COLLECTIVES, stage_world
 from tests.support import runs
 from tests.support.distributed import distributed
+from tests.support.trainer import save_whole
 
 
 def undecorated(name: str) -> inspect.Signature:
@@ -45,6 +50,41 @@ def test_every_method_of_deepspeeds_backend_that_takes_a_group_is_redirected() -
         if "group" in signature.parameters:
             takes_group.add(name)
     assert takes_group <= ours | set(COLLECTIVES), takes_group - ours - set(COLLECTIVES)
+
+
+ALONE = """
+import os, sys, torch
+import scpl_ds
+from transformers import TrainingArguments
+from tests.support.trainer import model_in
+before = dict(os.environ)
+config = {
+    "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "scpl": {"stages": 2},
+}
+engine, *_ = scpl_ds.initialize(model=model_in(sys.argv[1]), config=config)
+batch = {"input_ids": torch.arange(1, 33).reshape(4, 8), "labels": torch.tensor([0, 1, 0, 1])}
+for _ in range(3):
+    engine.train_batch(iter([batch]))
+theirs = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+print("left:", {name: os.environ[name] for name in theirs if name in os.environ})
+print("ranks:", TrainingArguments(sys.argv[1], use_cpu=True).world_size)
+"""
+
+
+def test_a_process_without_a_launcher_is_left_without_a_launchers_variables(tmp_path: Path) -> None:
+    """LOCAL_RANK used to stay, and accelerate to look for the world it would be of."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(save_whole(tmp_path / "model"))],
+        env={**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-2:] == ["left: {}", "ranks: 1"]
 
 
 @distributed(4)

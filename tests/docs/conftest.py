@@ -42,11 +42,9 @@ class Sandbox:
         self._finished: dict[str, Finished] = {}
 
     def environment(self) -> dict[str, str]:
-        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        kept = {key: value for key, value in os.environ.items() if key not in launcher}
-        return kept | {
+        return os.environ | {
             "SCPL_DS_VENV": sys.prefix,
-            "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "offline",

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
+import yaml
 
-from scpl_ds.recipe import recipe_from_mapping
+from scpl_ds.recipe import load_recipe, recipe_from_mapping
 from scpl_ds.trackers._base import Tracker
 from scpl_ds.trainer import fit
 from tests.support.distributed import run_ranks
@@ -90,6 +91,15 @@ def test_there_is_one_run_of_two_ranks_resumed_once_under_its_id(tracked: Tracke
     assert {(part.name, part.group, part.exit_code) for part in tracked.parts} == {
         ("mine", "seeds", 0)
     }
+
+
+def test_the_sweep_of_launch_is_judged_by_a_number_that_the_summary_of_a_run_has(tracked: Tracked):
+    sweep = yaml.safe_load((Path(__file__).parents[2] / "launch" / "sweep.yaml").read_text())
+    task = load_recipe(Path(__file__).parents[2] / sweep["program"]).model.task
+    assert task == "sequence-classification"  # as the run here
+    judged = tracked.parts[-1].summary[sweep["metric"]["name"]]
+    score = json.loads((tracked.folder / "result.json").read_text())["eval_accuracy"]
+    assert judged == score and 0.0 <= judged <= 1.0 and sweep["metric"]["goal"] == "maximize"
 
 
 def test_every_step_is_there_once_with_the_losses_of_every_stage(tracked: Tracked):

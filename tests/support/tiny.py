@@ -7,7 +7,6 @@ import contextlib
 import copy
 import csv
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,16 +176,12 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 @contextlib.contextmanager
 def own_world() -> Iterator[None]:
     """One thread, and no process group left behind: the next run of this process makes its own."""
-    threads, environ = torch.get_num_threads(), dict(os.environ)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        # DeepSpeed and accelerate leave LOCAL_RANK and more, which the next takes for a launcher's.
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in environ:
-                os.environ.pop(name, None)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,20 @@ from scpl_ds import lock
 from scpl_ds.cli import main
 from scpl_ds.lock import RunLock
 from scpl_ds.report import page
-from scpl_ds.report.charts import MOST_POINTS, Chart, Series, draw, show, thinned
+from scpl_ds.report.charts import (
+    _BOTTOM,
+    _HEIGHT,
+    _LEFT,
+    _RIGHT,
+    _TOP,
+    _WIDTH,
+    MOST_POINTS,
+    Chart,
+    Series,
+    draw,
+    show,
+    thinned,
+)
 from scpl_ds.report.markup import el, text
 from scpl_ds.report.picture import timeline
 from scpl_ds.report.reading import RunFiles
@@ -262,17 +277,31 @@ def test_a_number_is_short(value: float, shown: str):
     assert show(value) == shown
 
 
-def test_curves_of_any_kind_stay_in_the_picture():
+@pytest.mark.parametrize(
+    "values",
+    [[1.0], [2.0, 2.0], [0.0, 0.0], [1e-9, 1e9], [-5.0, -1.0], [0.5, None, 0.25], [None, None]],
+)
+@pytest.mark.parametrize("more", [{"may_be_log": True}, {"from_zero": True}])
+def test_curves_of_any_kind_are_drawn_whole_and_inside_of_the_frame(
+    values: list[float | None], more: dict[str, bool]
+):
     """One point, equal values, great and negative ones, and nothing but NaN."""
-    for values in ([1.0], [2.0, 2.0], [0.0, 0.0], [1e-9, 1e9], [-5.0, -1.0], [None, None]):
-        series = Series("x", list(enumerate(values)))
-        for chart in (Chart("x", [series], may_be_log=True), Chart("x", [series], from_zero=True)):
-            found = Page(draw(chart) or "")
-            for dot in found.named("circle"):
-                assert 0 <= float(dot.attributes["cy"] or "") <= 218
-            for line in found.named("line"):
-                if line.attributes["class"] == "grid":
-                    assert 0 <= float(line.attributes["y1"] or "") <= 218
+    found = Page(draw(Chart("x", [Series("x", list(enumerate(values)))], **more)) or "")
+    (line,) = [path for path in found.named("path") if "line" in (path.attributes["class"] or "")]
+    drawn = re.findall(r"([ML])([\d.-]+) ([\d.-]+)", line.attributes["d"] or "")
+    finite = [value for value in values if value is not None]
+    assert len(drawn) == len(finite)
+    heights = [float(y) for _, _, y in drawn]
+    circles = [t.attributes for t in found.named("circle")]
+    dots = [(float(c["cx"] or ""), float(c["cy"] or "")) for c in circles]
+    grid = [t.attributes for t in found.named("line") if t.attributes["class"] == "grid"]
+    assert grid and all(_TOP <= float(g["y1"] or "") <= _HEIGHT - _BOTTOM for g in grid)
+    for x, y in [*((float(x), float(y)) for _, x, y in drawn), *dots]:
+        assert _LEFT <= x <= _WIDTH - _RIGHT and _TOP <= y <= _HEIGHT - _BOTTOM
+    # Greater is higher, and what has no neighbour is a dot.
+    pairs = zip(pairwise(finite), pairwise(heights), strict=True)
+    assert all((a < b) == (y > z) for (a, b), (y, z) in pairs)
+    assert len(dots) == (len(finite) if len(values) != 2 else 0)
 
 
 def test_several_runs_have_a_curve_each_and_all_their_parts(tmp_path: Path):

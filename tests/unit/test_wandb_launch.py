@@ -68,19 +68,6 @@ def test_every_parameter_changes_what_is_trained():
         assert len(prints) == len(values) and prints != {plain}, name
 
 
-def test_the_sweep_is_judged_by_a_number_that_every_run_has(plain_result: set[str]):
-    assert SWEEP["metric"] == {"name": "eval_accuracy", "goal": "maximize"}
-    assert SWEEP["metric"]["name"] in plain_result
-
-
-@pytest.fixture
-def plain_result() -> set[str]:
-    """Names in the summary of a run of a classifier."""
-    from scpl_ds.trainer_end import named
-
-    return set(named({"val/accuracy": 0.5}, "eval"))
-
-
 VIEW = """
 import json, sys
 sys.path.insert(0, "launch")
