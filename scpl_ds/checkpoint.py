@@ -42,14 +42,22 @@ from scpl_ds.checkpoint_files import (
     unseal,
     write_text,
 )
-from scpl_ds.checkpoint_folders import completed, name_latest, others, prune, resolve, sweep
+from scpl_ds.checkpoint_folders import (
+    completed,
+    name_latest,
+    others,
+    prune,
+    remove,
+    resolve,
+    sweep,
+)
 from scpl_ds.checkpoint_write import FORMAT, OPTIMIZER, Share, Writer
 from scpl_ds.errors import CheckpointError
 from scpl_ds.optim import OptimizerState
 
 __all__ = [
     "HEAD_PREFIX", "LATEST", "MANIFEST", "Reader", "Share", "Writer", "completed",
-    "name_latest", "prune",
+    "name_latest", "prune", "remove",
     "replace_folder", "resolve", "share_out", "stage_of", "sweep", "write_text",
 ]  # fmt: skip
 log = logging.getLogger(__name__)

@@ -115,11 +115,28 @@ def prune(folder: Path, keep: int | None, *, spare: Collection[Path] = ()) -> No
     held = {path for path in (_latest(folder), *spare) if path in complete}
     free = [path for path in complete if path not in held]
     for path in free[: max(0, len(free) - max(0, keep - len(held)))]:
-        gone = path.with_name(f".{path.name}{_GONE}")
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)  # first: half removed, it would pass for whole
-        shutil.rmtree(gone)
-        shutil.rmtree(aside(path), ignore_errors=True)
+        _remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint that ``latest`` may name: then it names the one of the highest step that
+    stays, or there is no ``latest``."""
+    named = _latest(checkpoint.parent)
+    if named is not None and named.name == checkpoint.name:
+        left = [path for path in completed(checkpoint.parent) if path.name != checkpoint.name]
+        if left:
+            name_latest(left[-1])
+        else:
+            (checkpoint.parent / LATEST).unlink()
+    _remove(checkpoint)
+
+
+def _remove(checkpoint: Path) -> None:
+    gone = checkpoint.with_name(f".{checkpoint.name}{_GONE}")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)  # first: half removed, it would pass for whole
+    shutil.rmtree(gone)
+    shutil.rmtree(aside(checkpoint), ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:

@@ -231,7 +231,9 @@ class TrainSection(HubKeys):
     eval_steps: Count | None = None
     """Optimizer steps between two evaluations; with ``steps`` alone, ``logging_steps``."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
-    """When to write a checkpoint; ``steps`` when ``save_steps`` is set."""
+    """When to write a checkpoint; ``steps`` when ``save_steps`` is set. After the last step too,
+    but for ``no``: what the export is made of goes once it is made. A stop by a signal leaves one
+    whatever is set."""
     save_steps: Count | None = None
     """Optimizer steps between two checkpoints; with ``steps`` alone, 500."""
     save_total_limit: Count | None = None

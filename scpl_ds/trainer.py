@@ -32,7 +32,7 @@ from scpl_ds.trainer_end import export_run, named, publish, score_export
 from scpl_ds.trainer_files import write_model_files
 from scpl_ds.trainer_guard import Guard, Health, guarded
 from scpl_ds.trainer_hooks import Hooks
-from scpl_ds.trainer_saves import after_save, state_of
+from scpl_ds.trainer_saves import after_save, forget_passing, is_due, state_of
 
 log = logging.getLogger(__name__)
 _SETTLE_S = 8.0
@@ -117,6 +117,8 @@ class Run:
         self.engine.on_error = guard.watch.tell
         self.saved = -1
         """Step of the last checkpoint that this run wrote."""
+        self.passing: Path | None = None
+        """The checkpoint that is there for the export only."""
         self.last_eval: dict[str, float] = {}
         self.evaluated = -1
         """Step that ``last_eval`` is of."""
@@ -227,11 +229,7 @@ class Run:
             ):
                 with self.report.paused():
                     self._evaluate(step)
-            if (
-                progress.due(train.save_strategy, train.save_steps, step)
-                or ((last or asked.stop) and (train.save_strategy != "no" or train.export))
-                or asked.save
-            ):
+            if is_due(self, step, last=last):
                 with self.report.paused():
                     self._save(step)
                     if asked.evaluate and self.eval_loader is not None and self.evaluated < step:
@@ -388,6 +386,7 @@ class Run:
     def _publish(self, exported: Path | None, result: dict[str, Any]) -> None:
         if self.is_main and exported is not None:
             publish(self.recipe, self.folder, self._chosen(), self.trackers, result)
+            forget_passing(self)
         elif self.is_main:
             self.folder.write_result(result)
 

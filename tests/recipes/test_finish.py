@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from scpl_ds import evaluation, export, setup, trainer
+from scpl_ds import checkpoint, evaluation, export, setup, trainer
 from scpl_ds.evaluation import Score, score_model
 from scpl_ds.recipe import recipe_from_mapping
 from scpl_ds.setup_schedule import draw_schedule
@@ -87,3 +87,28 @@ def test_a_schedule_made_for_another_layout_is_not_drawn(base: dict[str, Any]):
     recipe = recipe_from_mapping(put(base, {"scpl.schedule": BACKWARDS_LATE}))
     drawn = draw_schedule(recipe, 2, 2)
     assert drawn == "(not drawn with one rank a stage: AssertionError: made for one process)"
+
+
+@pytest.mark.parametrize("strategy, left", [("no", []), ("epoch", ["checkpoint-2", "latest"])])
+def test_save_strategy_no_leaves_an_export_and_no_checkpoint(
+    strategy: str, left: list[str], base: dict[str, Any], tmp_path: Path
+):
+    """What the export was made of used to stay: 2.5 GB of a small language model."""
+    changes = {"train.max_steps": 2, "train.save_steps": None, "train.save_strategy": strategy}
+    recipe = recipe_for(base, "none", tmp_path / "run", **changes)
+    result = trainer.fit(recipe_from_mapping(recipe))
+    names = [path.name for path in (tmp_path / "run").iterdir()]
+    assert sorted(n for n in names if "checkpoint" in n or n == "latest") == left
+    export.load_exported(tmp_path / "run" / "export", "sequence-classification")
+    assert 0.0 <= result["eval_accuracy"] <= 1.0
+
+
+def test_a_checkpoint_that_is_removed_is_no_longer_the_latest(tmp_path: Path):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / checkpoint.MANIFEST).write_text("{}")
+    checkpoint.name_latest(tmp_path / "checkpoint-4")
+    checkpoint.remove(tmp_path / "checkpoint-4")
+    assert checkpoint.resolve(tmp_path).name == "checkpoint-2"
+    checkpoint.remove(tmp_path / "checkpoint-2")
+    assert not list(tmp_path.iterdir())
