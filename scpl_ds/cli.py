@@ -201,6 +201,7 @@ def _plan(args: argparse.Namespace) -> int:
     from scpl_ds.memory import Workload
     from scpl_ds.memory_report import describe
     from scpl_ds.setup import cut_model
+    from scpl_ds.recipe_words import method_in_words
     from scpl_ds.setup_schedule import draw_schedule
 
     model = cut_model(recipe)
@@ -210,13 +211,17 @@ def _plan(args: argparse.Namespace) -> int:
     table = render_plan(
         model.plan, model.anatomy, pipeline_ranks=pipeline_ranks, data_parallel=dp_size
     )
-    drawing = draw_schedule(recipe, model.plan.num_stages, 4)
+    drawing = ""
+    if pipeline_ranks > 1:  # one rank works on one stage after the other: nothing to draw
+        drawing = draw_schedule(recipe, model.plan.num_stages, 4)
+        drawing = f"\nschedule '{recipe.scpl.order}'\n{drawing}\n"
     device = args.device or pick_device(RankEnv.current()).type
     workload = Workload.of(recipe, model, device)
     needs = describe(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size, memory=args.memory)
     grid = f"{ranks} ranks = {pipeline_ranks} pipeline x {dp_size} data-parallel"
     table += "" if args.ranks else f"\nplanned for {grid}; another number: --ranks N"
-    sys.stdout.write(f"{table}\n\n{needs}\n\nschedule '{recipe.scpl.order}'\n{drawing}\n")
+    words = method_in_words(recipe.to_mapping()["scpl"])
+    sys.stdout.write(f"method: {words}\n\n{table}\n\n{needs}\n{drawing}")
     return 0
 
 
@@ -287,12 +292,14 @@ def _export(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     _choose_accelerator()
 
+    from scpl_ds.recipe_files import write_output
+
     def save(figures: Any) -> None:
         if args.json is not None:
-            _write(args.json, json.dumps(figures, indent=1) + "\n", key="--json")
+            write_output(args.json, json.dumps(figures, indent=1) + "\n", key="--json")
 
     if args.json is not None:
-        _write(args.json, "", key="--json", mode="a")  # refused now, not after an hour
+        write_output(args.json, "", key="--json", mode="a")  # refused now, not after an hour
     text = commands_of_bench.COMMANDS[args.what].run(args, save)
     sys.stdout.write(text + "\n")
     return 0
@@ -322,30 +329,14 @@ def _make_report(args: argparse.Namespace) -> int:
 
 def _schema(args: argparse.Namespace) -> int:
     from scpl_ds.recipe import recipe_schema
+    from scpl_ds.recipe_files import write_output
 
     text = json.dumps(recipe_schema(), indent=2) + "\n"
     if args.out is None:
         sys.stdout.write(text)
     else:
-        _write(args.out, text, key="--out")
+        write_output(args.out, text, key="--out")
     return 0
-
-
-def _write(path: Path, text: str, *, key: str, mode: str = "w") -> None:
-    target = path.expanduser()
-    # Beside it first: what is there stays whole if this process is killed meanwhile.
-    whole = mode == "w" and (target.is_file() or not target.exists())  # and no /dev/stdout
-    beside = target.with_name(f".{target.name}.new") if whole else target
-    try:
-        with beside.open(mode) as file:
-            file.write(text)
-        if beside != target:
-            beside.replace(target)
-    except OSError as error:
-        raise RecipeError(
-            f"{key} {path}: cannot be written ({error.strerror}); name a file in a folder that "
-            "exists."
-        ) from error
 
 
 def _open(path: str, overrides: list[str]):
