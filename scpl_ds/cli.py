@@ -200,8 +200,8 @@ def _plan(args: argparse.Namespace) -> int:
     from scpl_ds.distributed.world import RankEnv, pick_device
     from scpl_ds.memory import Workload
     from scpl_ds.memory_report import describe
-    from scpl_ds.setup import cut_model
     from scpl_ds.recipe_words import method_in_words
+    from scpl_ds.setup import cut_model
     from scpl_ds.setup_schedule import draw_schedule
 
     model = cut_model(recipe)

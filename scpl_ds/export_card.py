@@ -169,7 +169,9 @@ class _Card:
         if self._method() == ONE_STAGE:
             return _ONE_STAGE
         rule, polish = _RULES.get(str(self._of("scpl", "method")), ""), self._of("scpl", "polish")
-        return f"{rule} {_POLISHED.format(polish)}" if isinstance(polish, float) and polish else rule
+        return (
+            f"{rule} {_POLISHED.format(polish)}" if isinstance(polish, float) and polish else rule
+        )
 
     def _method(self) -> str:
         scpl = self._of("scpl")

@@ -50,8 +50,9 @@ class Start:
 def log_memory(run: Run, measured: Sequence[int]) -> None:
     """Bytes at the peak of every rank, beside what was predicted."""
     words = compare(
-        run.start.memory, measured, dp_size=run.mesh.dp_size, device_type=run.device.type
-    )
+        run.start.memory, measured, dp_size=run.mesh.dp_size, device_type=run.device.type,
+        before=run.memory.before,
+    )  # fmt: skip
     log.info("%s", words)
 
 
@@ -155,6 +156,7 @@ def about(run: Run) -> dict[str, Any]:
         "num_train": facts.num_train,
         "num_eval": facts.num_eval,
         "majority_accuracy": facts.majority_accuracy,
+        "memory_before_model_bytes": run.memory.before,
         "predicted": {"bubble_fraction": share, "steps": steps, "memory": memory},
         "machine": {"device": device, **{key: machine[key] for key in _MACHINE}},
         "versions": versions(),
@@ -187,6 +189,8 @@ def _banner(run: Run) -> tuple[str, str, str]:
         kind = "pipeline rank" if m.dp_size > 1 else "rank"
         memory = f"{', '.join(shown + more)} predicted at the peak"
         memory = memory if kind == "rank" else memory.replace("rank ", f"{kind} ", 1)
+        if run.device.type == "cpu":
+            memory += f", on top of {show_size(run.memory.before)} of Python and libraries"
     together = scpl.method != "scpl" or scpl.clip_scope == "global"
     epochs = "a stream" if facts.num_train is None else f"{run.progress.epoch(total):.2f} epochs"
     lines = [

@@ -56,7 +56,9 @@ def loss_charts(run: RunFiles) -> list[Chart]:
     norms = [Series(f"stage {k}", p, k) for k, p in _by_stage(run, "grad_norm").items()]
     charts += [
         Chart("Gradient norm before clipping", norms, "stage{k}/grad_norm", may_be_log=True),
-        Chart("Learning rate", [Series("learning rate", metrics.get("lr", []))], "lr", from_zero=True),
+        Chart(
+            "Learning rate", [Series("learning rate", metrics.get("lr", []))], "lr", from_zero=True
+        ),
     ]
     return _placed(run, charts)
 
@@ -72,12 +74,14 @@ def speed_charts(run: RunFiles) -> list[Chart]:
     charts = [
         Chart("Throughput", [_tokens(run, "tokens/s", 0)], _RATE, "tokens/s", from_zero=True),
         Chart(
-            "Waiting for other ranks", waits, "perf/bubble_fraction", "% of the time", 100,
+            "Waiting for other ranks",
+            waits,
+            "perf/bubble_fraction",
+            "% of the time",
+            100,
             from_zero=True,
         ),
-        Chart(
-            "Peak memory of a process", [peak], "perf/peak_memory_gib", "GiB", from_zero=True
-        ),
+        Chart("Peak memory of a process, libraries included", [peak], "perf/peak_memory_gib", "GiB", from_zero=True),
     ]
     return _placed(run, charts)
 

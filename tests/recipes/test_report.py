@@ -104,7 +104,12 @@ def test_it_has_the_timeline_the_stages_the_recipe_and_the_environment(run: Path
     assert len(boxes) == picture.count("<rect ") > STEPS
     for row in about["partition"]:
         assert f"{row['stage']}{row['layers']}{row['holds']}" in found.words
-    for words in (about["fingerprint"], about["versions"]["torch"], "name_or_path", "schedule 'stream'"):
+    for words in (
+        about["fingerprint"],
+        about["versions"]["torch"],
+        "name_or_path",
+        "schedule 'stream'",
+    ):
         assert words in found.words
 
 
@@ -180,13 +185,27 @@ def test_the_banner_predicts_and_fits_on_a_screen(run: Path):
     assert len(lines) < 24
     peak = show_size(about["predicted"]["memory"]["ranks"][0]["peak"])
     for words in (
-        "2 stages", "schedule 'stream': one rank", "method   scpl: supcon", f"memory   rank 0 {peak} predicted", "bubble   0.0% pred",
+        "2 stages", "schedule 'stream': one rank", "method   scpl: supcon",
+        f"memory   rank 0 {peak} predicted at the peak, on top of", "bubble   0.0% pred",
         "train_batch_size 8 = micro-batch 8 x accumulation 1 x data-parallel 1",
     ):  # fmt: skip
         assert words in "\n".join(lines), words
         assert words in (run / "plan.txt").read_text(), words
     assert "between steps" in (run / "plan.txt").read_text(), "all parts of the prediction"
     assert "stage 0 |" not in (run / "plan.txt").read_text(), "one rank has no pipeline to draw"
+
+
+def test_what_python_takes_is_said_beside_predicted_and_measured_memory(run: Path, found: Page):
+    """Half a GiB used to lie between them without a word."""
+    about = json.loads((run / "about.json").read_text())
+    before = show_size(about["memory_before_model_bytes"])
+    result = json.loads((run / "result.json").read_text())
+    rows = [r["perf/peak_memory_gib"] * 2**30 for r in rows_of(run) if "perf/peak_memory_gib" in r]
+    whole = about["memory_before_model_bytes"] + result["peak_memory_bytes"][0]
+    assert whole == pytest.approx(max(rows), abs=2**24), "a page here and there"
+    assert f"Neither has the {before}" in found.words
+    assert f"Neither has the {before}" in (run / "logs" / "rank0.log").read_text()
+    assert "On top of each peak: about 0.5 GiB" in (run / "plan.txt").read_text()
 
 
 def test_a_backend_that_does_not_say_what_it_needs_is_named_in_the_banner(

@@ -140,7 +140,10 @@ def _view(tab: Tab, page: Path, view: str, picture: Path) -> Iterator[str]:
     tab.call("Page.navigate", url=page.as_uri())
     tab.wait_for("Page.loadEventFired")
     inside, window = tab.value(_WIDTHS)
-    charts, undrawn = tab.value("document.querySelectorAll('figure.chart').length"), tab.value(_UNDRAWN)
+    charts, undrawn = (
+        tab.value("document.querySelectorAll('figure.chart').length"),
+        tab.value(_UNDRAWN),
+    )
     height = tab.value("document.scrollingElement.scrollHeight")
     tab.call("Emulation.setDeviceMetricsOverride", height=height, **size)
     shot = tab.call("Page.captureScreenshot", format="png")
