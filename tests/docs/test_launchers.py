@@ -97,6 +97,39 @@ def test_a_python_that_cannot_make_an_environment_is_refused(clone: Path):
     assert not (clone / ".venv").exists()
 
 
+CHOOSE = """set -euo pipefail; source launch/environment.sh; VENV=$PYTHON_HOME
+may_have_gpu() { [[ -n ${A_GPU:-} ]]; }
+unset PIP_NO_INDEX PIP_FIND_LINKS; eval "${AND:-}"; echo "<$(cpu_index)>"
+"""
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="a machine with SLURM")
+@pytest.mark.parametrize(
+    "more, chosen",
+    [
+        ({}, True),
+        ({"A_GPU": "1"}, False),
+        ({"AND": "export PIP_EXTRA_INDEX_URL=file:///mine"}, False),
+        ({"AND": "export PIP_INDEX_URL=file:///mine"}, False),
+        ({"AND": "export PIP_FIND_LINKS=/wheels"}, False),
+        ({"AND": "export PIP_NO_INDEX=1"}, False),
+        ({"AND": "export PIP_CONFIG_FILE=$PWD/pip.conf"}, False),
+        ({"AND": "TORCH_CPU_INDEX=file:///nowhere"}, False),
+        ({"AND": "sbatch() { :; }"}, False),
+    ],
+)
+def test_the_cpu_build_is_taken_where_there_is_no_gpu_and_nobody_named_an_index(
+    clone: Path, more: dict[str, str], chosen: bool
+):
+    (clone / "index" / "torch").mkdir(parents=True)
+    (clone / "index" / "torch" / "index.html").touch()
+    (clone / "pip.conf").write_text("[global]\nindex-url = file:///mine\n")
+    index = (clone / "index" / "torch" / "index.html").as_uri().removesuffix("/torch/index.html")
+    env = {"TORCH_CPU_INDEX": index, "PYTHON_HOME": sys.prefix, **more}
+    finished = bash(CHOOSE, clone, **env)
+    assert finished.stdout == (f"<{index}>\n" if chosen else "<>\n")
+
+
 # -- starting ------------------------------------------------------------------------------
 
 
