@@ -89,7 +89,7 @@ install() (
 # where that index cannot be reached.
 cpu_index() {
     local pip_config
-    if [[ $(uname -s) != Linux ]] || may_have_gpu || command -v sbatch >/dev/null; then
+    if [[ $(uname -s) != Linux ]] || may_have_gpu || has_slurm; then
         return 0
     fi
     # Files and PIP_* variables alike.
@@ -105,6 +105,10 @@ urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=10).close()' "$TORCH_CPU
 
 may_have_gpu() {
     command -v nvidia-smi >/dev/null || [[ -e /dev/nvidia0 || -e /dev/kfd ]]
+}
+
+has_slurm() {
+    command -v sbatch >/dev/null
 }
 
 # make_venv: an environment with pip in it. One that is there is kept, whoever made it (uv's have no

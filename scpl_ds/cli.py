@@ -7,12 +7,11 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from scpl_ds import __version__, cli_types
 from scpl_ds.bench import commands as commands_of_bench
@@ -20,13 +19,11 @@ from scpl_ds.cli_log import log_to_console, log_to_file, rank_number, run_has_be
 from scpl_ds.distributed.slurm import variables_of_step
 from scpl_ds.errors import FAILED_RUN, OtherRankFailed, RecipeError, ScplError
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
 
 _GRACE_S = 3.0
 _RANKS = "ranks to place the stages on; without it scpl.pipeline_ranks, or one a stage"
+_RESULT = "end with the result as JSON on a terminal too, as in a file or pipe"
 _OVERRIDES = "key=value with the value as YAML, for example train.max_steps=20"
 
 
@@ -90,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train a recipe, on the launcher's ranks or in this process.")
     train.add_argument("recipe", help="YAML or JSON file")
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    train.add_argument("--json", action="store_true", help=_RESULT)
     plan = add(
         "plan", _plan, "Print how a recipe's model is cut; starts no processes, loads no weights."
     )
@@ -133,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="above 0 tokens are drawn; default: the likeliest",
     )  # fmt: skip
     speak.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    speak.add_argument("--json", action="store_true", help="write a JSON object a line")
     export = add("export", _export, "Write a run's latest checkpoint as a Hugging Face folder.")
     export.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -181,12 +180,14 @@ def _train(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     _choose_accelerator()
+    from scpl_ds.cli_results import result_in_words
     from scpl_ds.trainer import fit
 
     result = fit(recipe, on_ready=log_to_file)
     if rank_number() == 0:
-        log.info("a page of it: scpl-ds report %s", shlex.quote(result["run_dir"]))
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        for_people = sys.stdout.isatty() and not args.json
+        text = result_in_words(result) if for_people else json.dumps(result, indent=2)
+        sys.stdout.write(text + "\n")
     _leave()
     return 0
 
@@ -214,14 +215,14 @@ def _plan(args: argparse.Namespace) -> int:
     drawing = ""
     if pipeline_ranks > 1:  # one rank works on one stage after the other: nothing to draw
         drawing = draw_schedule(recipe, model.plan.num_stages, 4)
-        drawing = f"\nschedule '{recipe.scpl.order}'\n{drawing}\n"
+        drawing = f"schedule '{recipe.scpl.order}'\n{drawing}\n"
     device = args.device or pick_device(RankEnv.current()).type
     workload = Workload.of(recipe, model, device)
     needs = describe(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size, memory=args.memory)
     grid = f"{ranks} ranks = {pipeline_ranks} pipeline x {dp_size} data-parallel"
     table += "" if args.ranks else f"\nplanned for {grid}; another number: --ranks N"
     words = method_in_words(recipe.to_mapping()["scpl"])
-    sys.stdout.write(f"method: {words}\n\n{table}\n\n{needs}\n{drawing}")
+    sys.stdout.write(f"{table}\n\n{needs}\n\nmethod {words}\n{drawing}")
     return 0
 
 
@@ -246,6 +247,9 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     recipe, folder = _open(args.run_dir, [])
     _choose_accelerator()
+    from rich.console import Console
+
+    from scpl_ds.cli_results import texts_in_words
     from scpl_ds.generation import generate
 
     found = generate(
@@ -257,8 +261,13 @@ def _generate(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         seed=args.seed,
     )
-    for prompt, text in zip(args.prompt, found, strict=True):
-        sys.stdout.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+    if args.json:
+        for prompt, text in zip(args.prompt, found, strict=True):
+            line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+            sys.stdout.write(line + "\n")
+    else:
+        words = texts_in_words(args.prompt, found, chat=args.chat)
+        Console(highlight=False, soft_wrap=True).print(words)
     return 0
 
 

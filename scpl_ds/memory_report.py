@@ -222,8 +222,9 @@ def compare(
     if device_type == "cpu":
         text.append(
             f"Neither has the {show_size(before)} that Python and libraries took before the model; "
-            "the lines of the steps have them. Measured is the resident set, in which the C library keeps freed blocks; with "
-            "MALLOC_MMAP_THRESHOLD_=1048576 it is what is alive, and training is slower."
+            "the lines of the steps have them. Measured is the resident set, in which "
+            "the C library keeps freed blocks; with MALLOC_MMAP_THRESHOLD_=1048576 it is what is "
+            "alive, and training is slower."
         )
     return "\n".join(text)
 

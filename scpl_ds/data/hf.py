@@ -99,7 +99,8 @@ class HubSource(DataSource):
             found = [str(split) for split in dataset]
             raise DataError(
                 f"{key}: '{self.options.dataset}' has no split '{name}'"
-                f"{did_you_mean(name, found) or '.'} Splits found: {', '.join(found)}. Set {key} to one of them, or to null."
+                f"{did_you_mean(name, found) or '.'} Splits found: {', '.join(found)}. "
+                f"Set {key} to one of them, or to null."
             )
         return dataset[name]
 

@@ -81,7 +81,13 @@ def speed_charts(run: RunFiles) -> list[Chart]:
             100,
             from_zero=True,
         ),
-        Chart("Peak memory of a process, libraries included", [peak], "perf/peak_memory_gib", "GiB", from_zero=True),
+        Chart(
+            "Peak memory of a process, libraries included",
+            [peak],
+            "perf/peak_memory_gib",
+            "GiB",
+            from_zero=True,
+        ),
     ]
     return _placed(run, charts)
 
