@@ -4,11 +4,15 @@
 #                            PATH that is >= 3.11
 #   SCPL_DS_VENV=/some/venv  use this environment as it is and install nothing
 #
-# pip's own variables work: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...
+#   TORCH_CPU_INDEX=URL      where torch's CPU build is taken from on a machine without a GPU
+#
+# pip's own variables and files work: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ... With any
+# of these torch comes from there too.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${SCPL_DS_VENV:-$ROOT/.venv}
 OURS=scpl_ds-made-here.stamp
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
 # find_environment: put an environment that is already there first on PATH; without one, what the
 # caller has activated is used. Either must have scpl_ds in it.
@@ -60,13 +64,17 @@ install() (
     extras=$1
     cd "$ROOT"
     make_venv
-    if [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
-        echo "No GPU found. If pip is about to fetch gigabytes of CUDA packages, stop it and run" \
-            "this again with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
-    fi
+    index=$(cpu_index)
     echo "Installing scpl-ds[$extras] into $VENV (minutes, once)"
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check -c constraints.txt)
-    "${pip[@]}" torch # first and with its progress: it and what it brings are the largest
+    # First and with its progress: it and what it brings are the largest.
+    if [[ -n $index ]]; then
+        echo "No GPU found: taking torch's CPU build from $index. For GPUs elsewhere," \
+            "stop this and name pip's index: PIP_INDEX_URL=https://pypi.org/simple"
+        "${pip[@]}" --extra-index-url "$index" torch
+    else
+        "${pip[@]}" torch
+    fi
     # compat: by a path. By a finder, as is the default, a clone named scpl_ds would be found in its place
     # by a Python that runs in the folder above it.
     "${pip[@]}" --quiet --config-settings editable_mode=compat -e ".[$extras]"
@@ -74,6 +82,34 @@ install() (
         fingerprint >"$VENV/scpl_ds-$extra.stamp"
     done
 )
+
+# cpu_index: where torch's CPU build is, if this machine has no GPU and pip was told of no place to
+# take packages from; nothing otherwise. PyPI's torch for Linux brings CUDA packages of gigabytes.
+# A machine with SLURM may install for others that have GPUs, so there pip is left alone; so it is
+# where that index cannot be reached.
+cpu_index() {
+    local pip_config
+    if [[ $(uname -s) != Linux ]] || may_have_gpu || has_slurm; then
+        return 0
+    fi
+    # Files and PIP_* variables alike.
+    pip_config=$("$VENV/bin/python" -m pip config list 2>/dev/null) || return 0
+    if grep -Eq '[.](index-url|extra-index-url|find-links|no-index)=' <<<"$pip_config"; then
+        return 0
+    fi
+    if "$VENV/bin/python" -c 'import sys, urllib.request
+urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=10).close()' "$TORCH_CPU_INDEX" 2>/dev/null; then
+        echo "$TORCH_CPU_INDEX"
+    fi
+}
+
+may_have_gpu() {
+    command -v nvidia-smi >/dev/null || [[ -e /dev/nvidia0 || -e /dev/kfd ]]
+}
+
+has_slurm() {
+    command -v sbatch >/dev/null
+}
 
 # make_venv: an environment with pip in it. One that is there is kept, whoever made it (uv's have no
 # pip, so that is added); only our own is made anew when it is broken.
@@ -123,7 +159,7 @@ free_port() {
 }
 
 count_gpus() {
-    if command -v nvidia-smi >/dev/null || [[ -e /dev/nvidia0 || -e /dev/kfd ]]; then
+    if may_have_gpu; then
         python -c 'import torch; print(torch.cuda.device_count())'
     else
         echo 0 # without importing torch, which takes seconds

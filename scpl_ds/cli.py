@@ -7,12 +7,11 @@ import contextlib
 import json
 import logging
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from scpl_ds import __version__, cli_types
 from scpl_ds.bench import commands as commands_of_bench
@@ -20,13 +19,11 @@ from scpl_ds.cli_log import log_to_console, log_to_file, rank_number, run_has_be
 from scpl_ds.distributed.slurm import variables_of_step
 from scpl_ds.errors import FAILED_RUN, OtherRankFailed, RecipeError, ScplError
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
 
 _GRACE_S = 3.0
 _RANKS = "ranks to place the stages on; without it scpl.pipeline_ranks, or one a stage"
+_RESULT = "end with the result as JSON on a terminal too, as in a file or pipe"
 _OVERRIDES = "key=value with the value as YAML, for example train.max_steps=20"
 
 
@@ -90,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train a recipe, on the launcher's ranks or in this process.")
     train.add_argument("recipe", help="YAML or JSON file")
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    train.add_argument("--json", action="store_true", help=_RESULT)
     plan = add(
         "plan", _plan, "Print how a recipe's model is cut; starts no processes, loads no weights."
     )
@@ -133,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="above 0 tokens are drawn; default: the likeliest",
     )  # fmt: skip
     speak.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
+    speak.add_argument("--json", action="store_true", help="write a JSON object a line")
     export = add("export", _export, "Write a run's latest checkpoint as a Hugging Face folder.")
     export.add_argument("run_dir", metavar="RUN", help="run folder, or one of its checkpoints")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
@@ -181,12 +180,14 @@ def _train(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     _choose_accelerator()
+    from scpl_ds.cli_results import result_in_words
     from scpl_ds.trainer import fit
 
     result = fit(recipe, on_ready=log_to_file)
     if rank_number() == 0:
-        log.info("a page of it: scpl-ds report %s", shlex.quote(result["run_dir"]))
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        for_people = sys.stdout.isatty() and not args.json
+        text = result_in_words(result) if for_people else json.dumps(result, indent=2)
+        sys.stdout.write(text + "\n")
     _leave()
     return 0
 
@@ -200,6 +201,7 @@ def _plan(args: argparse.Namespace) -> int:
     from scpl_ds.distributed.world import RankEnv, pick_device
     from scpl_ds.memory import Workload
     from scpl_ds.memory_report import describe
+    from scpl_ds.recipe_words import method_in_words
     from scpl_ds.setup import cut_model
     from scpl_ds.setup_schedule import draw_schedule
 
@@ -210,13 +212,17 @@ def _plan(args: argparse.Namespace) -> int:
     table = render_plan(
         model.plan, model.anatomy, pipeline_ranks=pipeline_ranks, data_parallel=dp_size
     )
-    drawing = draw_schedule(recipe, model.plan.num_stages, 4)
+    drawing = ""
+    if pipeline_ranks > 1:  # one rank works on one stage after the other: nothing to draw
+        drawing = draw_schedule(recipe, model.plan.num_stages, 4)
+        drawing = f"schedule '{recipe.scpl.order}'\n{drawing}\n"
     device = args.device or pick_device(RankEnv.current()).type
     workload = Workload.of(recipe, model, device)
     needs = describe(workload, pipeline_ranks=pipeline_ranks, dp_size=dp_size, memory=args.memory)
     grid = f"{ranks} ranks = {pipeline_ranks} pipeline x {dp_size} data-parallel"
     table += "" if args.ranks else f"\nplanned for {grid}; another number: --ranks N"
-    sys.stdout.write(f"{table}\n\n{needs}\n\nschedule '{recipe.scpl.order}'\n{drawing}\n")
+    words = method_in_words(recipe.to_mapping()["scpl"])
+    sys.stdout.write(f"{table}\n\n{needs}\n\nmethod {words}\n{drawing}")
     return 0
 
 
@@ -241,6 +247,9 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     recipe, folder = _open(args.run_dir, [])
     _choose_accelerator()
+    from rich.console import Console
+
+    from scpl_ds.cli_results import texts_in_words
     from scpl_ds.generation import generate
 
     found = generate(
@@ -252,8 +261,13 @@ def _generate(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         seed=args.seed,
     )
-    for prompt, text in zip(args.prompt, found, strict=True):
-        sys.stdout.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+    if args.json:
+        for prompt, text in zip(args.prompt, found, strict=True):
+            line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+            sys.stdout.write(line + "\n")
+    else:
+        words = texts_in_words(args.prompt, found, chat=args.chat)
+        Console(highlight=False, soft_wrap=True).print(words)
     return 0
 
 
@@ -287,12 +301,14 @@ def _export(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     _choose_accelerator()
 
+    from scpl_ds.recipe_files import write_output
+
     def save(figures: Any) -> None:
         if args.json is not None:
-            _write(args.json, json.dumps(figures, indent=1) + "\n", key="--json")
+            write_output(args.json, json.dumps(figures, indent=1) + "\n", key="--json")
 
     if args.json is not None:
-        _write(args.json, "", key="--json", mode="a")  # refused now, not after an hour
+        write_output(args.json, "", key="--json", mode="a")  # refused now, not after an hour
     text = commands_of_bench.COMMANDS[args.what].run(args, save)
     sys.stdout.write(text + "\n")
     return 0
@@ -322,30 +338,14 @@ def _make_report(args: argparse.Namespace) -> int:
 
 def _schema(args: argparse.Namespace) -> int:
     from scpl_ds.recipe import recipe_schema
+    from scpl_ds.recipe_files import write_output
 
     text = json.dumps(recipe_schema(), indent=2) + "\n"
     if args.out is None:
         sys.stdout.write(text)
     else:
-        _write(args.out, text, key="--out")
+        write_output(args.out, text, key="--out")
     return 0
-
-
-def _write(path: Path, text: str, *, key: str, mode: str = "w") -> None:
-    target = path.expanduser()
-    # Beside it first: what is there stays whole if this process is killed meanwhile.
-    whole = mode == "w" and (target.is_file() or not target.exists())  # and no /dev/stdout
-    beside = target.with_name(f".{target.name}.new") if whole else target
-    try:
-        with beside.open(mode) as file:
-            file.write(text)
-        if beside != target:
-            beside.replace(target)
-    except OSError as error:
-        raise RecipeError(
-            f"{key} {path}: cannot be written ({error.strerror}); name a file in a folder that "
-            "exists."
-        ) from error
 
 
 def _open(path: str, overrides: list[str]):

@@ -163,7 +163,7 @@ def _check_typed(
             )
             return [Problem(f"{name}.type", message)]
         near = did_you_mean(str(wanted), [_spelled(t) for t in types])
-        return [Problem(f"{name}.type", f"unknown {name} '{wanted}'{near} Known: {usable}")]
+        return [Problem(f"{name}.type", f"unknown {name} '{wanted}'{near or '.'} Known: {usable}")]
     params = block.get("params")
     if not isinstance(params, Mapping):
         return []

@@ -192,11 +192,14 @@ def evaluate_run(
     if exit_thresholds or exit_patiences:
         _refuse_exits(recipe)
     mesh, device = start_world(recipe)
+    log.info("reading the evaluation data: %s", recipe.data.name)
     data = load_data(recipe, mesh, trained=folder / MODEL_FILES)
     model = together(mesh, lambda: cut_model(recipe, data.facts))
     loader = together(mesh, lambda: _loader(recipe, data, mesh))
-    engine = make_engine(recipe, model, mesh, device, total_steps=1)
+    log.info("loading %s in %d stages", folder, model.plan.num_stages)
+    engine = make_engine(recipe, model, mesh, device, total_steps=1, replaced=True)
     together(mesh, lambda: _load(engine, folder))
+    log.info("scoring %d samples", data.facts.num_eval)
     own: list[Tensor] = []
 
     def keep(output: Evaluated) -> None:

@@ -13,6 +13,7 @@ from scpl_ds.checkpoint import write_text
 from scpl_ds.ds_config import DeepSpeedSection
 from scpl_ds.partition._hf import auto_class
 from scpl_ds.recipe_fields import MADE_BY_A_SCRIPT
+from scpl_ds.recipe_words import ONE_STAGE, method_in_words
 
 CARD = "README.md"
 _HOME = "https://arxiv.org/abs/2602.00062"
@@ -30,6 +31,8 @@ _RULES = {
         "loss."
     ),
 }
+_ONE_STAGE = "One stage has nothing to learn on its own: this is backpropagation, as usual."
+_POLISHED = "The last part of the steps ({:g} of them) was trained end to end through all stages."
 _SCORES = {"eval_accuracy": "accuracy", "eval_perplexity": "perplexity"}
 
 
@@ -161,12 +164,23 @@ class _Card:
         task = _PIPELINES[self._task].replace("-", " ")
         if not self._recipe:
             return f"{what} for {task}, written by scpl_ds from a checkpoint without a recipe."
-        method = self._of("scpl", "method")
         count = len(self._manifest["bounds"]) - 1
         return (
             f"{what} for {task}, {source} with scpl_ds in {count} pipeline "
-            f"stage{'s' if count > 1 else ''}. {_RULES.get(str(method), '')}".rstrip()
+            f"stage{'s' if count > 1 else ''}. {self._rule()}".rstrip()
         )
+
+    def _rule(self) -> str:
+        if self._method() == ONE_STAGE:
+            return _ONE_STAGE
+        rule, polish = _RULES.get(str(self._of("scpl", "method")), ""), self._of("scpl", "polish")
+        return (
+            f"{rule} {_POLISHED.format(polish)}" if isinstance(polish, float) and polish else rule
+        )
+
+    def _method(self) -> str:
+        scpl = self._of("scpl")
+        return method_in_words(scpl) if isinstance(scpl, Mapping) else ""
 
     def _scores(self) -> str:
         found = self._dataset()
@@ -203,7 +217,10 @@ class _Card:
         objective = self._of("scpl", "objective")
         named = objective if isinstance(objective, dict) else {}
         parts = [p.get("name") for p in named.get("parts", ()) if isinstance(p, dict)]
+        if self._method().startswith("backpropagation"):
+            named, parts = {}, []
         facts: dict[str, Any] = {
+            "method": self._method(),
             "local objective": " + ".join(map(str, parts)) or named.get("name"),
             "its temperature": named.get("temperature"),
             "last stage's features detached": self._of("scpl", "head", "detach_features"),

@@ -47,7 +47,12 @@ def render_ranks(ranks: Sequence[RankMemory], workload: Workload) -> str:
         f"{workload.section.micro_batch_size} samples of the longest length, "
         f"{workload.sequence_length} tokens, on {workload.device_type}"
     )
-    return "\n".join([title, *_aligned(lines)])
+    more = (
+        "about 0.5 GiB a rank of Python and libraries comes"
+        if workload.device_type == "cpu"
+        else "the context and libraries of the GPU come"
+    )
+    return "\n".join([title, *_aligned(lines), f"On top of each peak: {more}."])
 
 
 class Choice(NamedTuple):
@@ -110,12 +115,7 @@ def render_fitting(
         host = show_size(choice.host) if choice.host else "-"
         verdict = "yes" if choice.peak <= memory else f"no, {show_size(choice.peak - memory)} over"
         lines.append([choice.name, show_size(choice.peak), str(choice.rank), host, verdict])
-    more = (
-        "about 0.5 GB a rank of Python and libraries comes"
-        if workload.device_type == "cpu"
-        else "the context and libraries of the GPU come"
-    )
-    text = [*_aligned(lines), f"On top of each peak: {more}."]
+    text = _aligned(lines)
     if excluded := list(_excluded(workload)):
         text += ["Not with the other keys of this recipe:", *excluded]
     least = min((choice.peak for choice in choices), default=None)
@@ -195,7 +195,12 @@ def predicted(workload: Workload, pipeline_ranks: int, dp_size: int) -> list[Ran
 
 
 def compare(
-    ranks: Sequence[RankMemory] | str, measured: Sequence[int], *, dp_size: int, device_type: str
+    ranks: Sequence[RankMemory] | str,
+    measured: Sequence[int],
+    *,
+    dp_size: int,
+    device_type: str,
+    before: int = 0,
 ) -> str:
     """Measured peaks beside predicted ones, a line per rank of the run.
 
@@ -204,6 +209,7 @@ def compare(
         measured: Bytes by global rank.
         dp_size: Data-parallel ranks of each stage.
         device_type: What was trained on.
+        before: Bytes that rank 0 took before its model, which are in neither.
     """
     if isinstance(ranks, str):
         found = ", ".join(show_size(size) for size in measured)
@@ -215,8 +221,10 @@ def compare(
     text = ["memory during training", *_aligned(lines)]
     if device_type == "cpu":
         text.append(
-            "Measured is the resident set, in which the C library keeps freed blocks; with "
-            "MALLOC_MMAP_THRESHOLD_=1048576 it is what is alive, and training is slower."
+            f"Neither has the {show_size(before)} that Python and libraries took before the model; "
+            "the lines of the steps have them. Measured is the resident set, in which "
+            "the C library keeps freed blocks; with MALLOC_MMAP_THRESHOLD_=1048576 it is what is "
+            "alive, and training is slower."
         )
     return "\n".join(text)
 

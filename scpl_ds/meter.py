@@ -126,6 +126,11 @@ class MemoryWatch:
         with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak since the start
             Path("/proc/self/clear_refs").write_text("5")
 
+    @property
+    def before(self) -> int:
+        """Bytes at the beginning, which count nowhere here."""
+        return self._base
+
     def now(self) -> int:
         """Bytes beyond the beginning, now."""
         return self._now() - self._base

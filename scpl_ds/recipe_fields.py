@@ -79,7 +79,7 @@ def compile_backend(value: str) -> str:
     if value not in (every := torch._dynamo.list_backends(exclude_tags=())):
         known = ", ".join(torch._dynamo.list_backends())
         near = registry.did_you_mean(value, every)
-        raise ValueError(f"torch.compile has no backend '{value}'{near} Known here: {known}")
+        raise ValueError(f"torch.compile has no backend '{value}'{near or '.'} Known here: {known}")
     return value
 
 
@@ -89,7 +89,9 @@ def compile_mode(value: str) -> str:
 
     if value not in (known := tuple(torch._inductor.list_mode_options())):
         near = registry.did_you_mean(value, known)
-        raise ValueError(f"torch.compile has no mode '{value}'{near} Known: {', '.join(known)}")
+        raise ValueError(
+            f"torch.compile has no mode '{value}'{near or '.'} Known: {', '.join(known)}"
+        )
     return value
 
 

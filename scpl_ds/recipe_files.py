@@ -195,3 +195,32 @@ def _place(error: yaml.YAMLError) -> str:
         getattr(error, "problem", None) or (str(error) or type(error).__name__).splitlines()[0]
     )
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
+
+
+def write_output(path: Path, text: str, *, key: str, mode: str = "w") -> None:
+    """Write what a command was asked for: beside ``path`` first, so that whoever reads or ends this
+    meanwhile is not left with half of it.
+
+    Args:
+        path: A file, or what is none, such as /dev/stdout.
+        text: The whole content.
+        key: The argument that named it, for the error.
+        mode: ``a`` writes in place.
+
+    Raises:
+        RecipeError: It cannot be written.
+    """
+    target = path.expanduser()
+    target = target.resolve() if target.is_symlink() else target
+    whole = mode == "w" and (target.is_file() or not target.exists())
+    beside = target.with_name(f".{target.name}.new") if whole else target
+    try:
+        with beside.open(mode, encoding="utf-8") as file:
+            file.write(text)
+        if beside != target:
+            beside.replace(target)
+    except OSError as error:
+        raise RecipeError(
+            f"{key} {path}: cannot be written ({error.strerror}); name a file in a folder that "
+            "exists."
+        ) from error

@@ -99,7 +99,7 @@ def _cuts(value: Any) -> Any:
         if value not in _METHODS:
             near = registry.did_you_mean(value, _METHODS)
             raise ValueError(
-                f"unknown method '{value}'{near} Known: {', '.join(_METHODS)}; or a list of "
+                f"unknown method '{value}'{near or '.'} Known: {', '.join(_METHODS)}; or a list of "
                 "[start, end] layer ranges"
             )
         return value
@@ -130,7 +130,7 @@ def _registered(kind: str) -> BeforeValidator:
         if value not in known and ":" not in value:
             near = registry.did_you_mean(value, known)
             raise ValueError(
-                f"unknown {kind} '{value}'{near} Known: {', '.join(known)}; or "
+                f"unknown {kind} '{value}'{near or '.'} Known: {', '.join(known)}; or "
                 "'package.module:Class' of your own"
             )
         return value

@@ -90,7 +90,7 @@ def resolve(kind: str, name: str, *, where: str) -> Any:
     target = _TABLES[kind].get(name) or (name if ":" in name else None)
     if target is None:
         raise RecipeError(
-            f"{where}: unknown {kind} '{name}'{did_you_mean(name, names(kind))} "
+            f"{where}: unknown {kind} '{name}'{did_you_mean(name, names(kind)) or '.'} "
             f"Known: {', '.join(names(kind))}; or 'package.module:Class' of your own."
         )
     module, _, attribute = target.partition(":")

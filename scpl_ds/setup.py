@@ -84,7 +84,12 @@ class Parts:
 
 
 def make_parts(
-    recipe: Recipe, mesh: Mesh, device: torch.device, given: Given | None = None
+    recipe: Recipe,
+    mesh: Mesh,
+    device: torch.device,
+    given: Given | None = None,
+    *,
+    resumed: bool = False,
 ) -> Parts:
     """Read the data, cut the model and build the engine; every rank calls it.
 
@@ -93,6 +98,7 @@ def make_parts(
         mesh: Its ranks.
         device: Of this rank.
         given: In the place of what the recipe's ``model`` and ``data`` name.
+        resumed: A checkpoint is going to be loaded.
     """
     data = load_data(recipe, mesh, given=given)
     whole = None if given is None else given.model
@@ -100,7 +106,10 @@ def make_parts(
     train, held_out = together(mesh, lambda: make_loaders(recipe, data, mesh, device))
     progress = Progress.of(recipe, train, mesh.dp_size)
     memory, steps = MemoryWatch(device), progress.total_steps
-    engine = together(mesh, lambda: make_engine(recipe, model, mesh, device, total_steps=steps))
+    engine = together(
+        mesh,
+        lambda: make_engine(recipe, model, mesh, device, total_steps=steps, replaced=resumed),
+    )
     together(mesh, lambda: refuse_idle(engine.stages, mesh))
     return Parts(data, model, train, held_out, progress, memory, engine)
 
@@ -280,14 +289,21 @@ def _anatomy(
 
 
 def make_engine(
-    recipe: Recipe, model: Model, mesh: Mesh, device: torch.device, *, total_steps: int
+    recipe: Recipe,
+    model: Model,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    total_steps: int,
+    replaced: bool = False,
 ) -> Engine:
-    """Load this rank's stages and build the engine over them."""
+    """Load this rank's stages and build the engine over them. ``replaced``: the weights are going
+    to be those of a checkpoint."""
     section, seed = recipe.deepspeed, recipe.train.seed
     factor = lr_schedule(section, recipe.train, total_steps)
     whole = model.whole
     sources = (
-        _stages_of_files(recipe, model)
+        _stages_of_files(recipe, model, replaced)
         if whole is None
         else _stages_of_model(recipe, model, whole, mesh)
     )
@@ -332,7 +348,7 @@ def _stages_of_model(recipe: Recipe, model: Model, whole: PreTrainedModel, mesh:
     return _Stages(bodies.__getitem__, None, lambda names: matrices_of(whole, names))
 
 
-def _stages_of_files(recipe: Recipe, model: Model) -> _Stages:
+def _stages_of_files(recipe: Recipe, model: Model, replaced: bool) -> _Stages:
     """Stages of which only their own tensors are read."""
     section, seed = recipe.deepspeed, recipe.train.seed
     backend = registry.resolve("sharding", recipe.scpl.sharding, where="scpl.sharding")
@@ -350,6 +366,7 @@ def _stages_of_files(recipe: Recipe, model: Model) -> _Stages:
             dtype=backend.weights_dtype(stage_section(section, recipe.scpl, k)),
             seed=seed,
             adapters=model.adapters,
+            replaced=replaced,
             **extra,
         )
         return as_body(prepare(stage, recipe.train))

@@ -91,7 +91,8 @@ class Run:
         together(mesh, self._check_folders)
         resume = from_rank_0(mesh, self._find_checkpoint)
         self.hooks, self._frees_engine = hooks or Hooks(), parts is None
-        made = make_parts(recipe, mesh, device) if parts is None else parts()
+        resumed = resume is not None
+        made = make_parts(recipe, mesh, device, resumed=resumed) if parts is None else parts()
         self.data, self.model, self.memory = made.data, made.model, made.memory
         self.train_loader, self.eval_loader = made.train_loader, made.eval_loader
         self.progress, self.engine = made.progress, made.engine

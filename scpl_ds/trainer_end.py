@@ -77,8 +77,10 @@ def score_export(
     exported: Path, recipe: Recipe, data: Data, device: torch.device
 ) -> dict[str, float]:
     """Of the export, loaded as anybody would, on all evaluation data in this process."""
-    log.info("scoring the exported model on %d samples", data.facts.num_eval)
     model = export.load_exported(exported, recipe.model.task)
+    # The stages were scored in the precision that they were trained in, so their score may differ.
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    log.info("scoring the exported model on %d samples, in %s", data.facts.num_eval, dtype)
     return score_model(model, whole_eval_loader(recipe, data), device).metrics()
 
 

@@ -22,6 +22,7 @@ from scpl_ds.memory_sizes import show_size
 from scpl_ds.meter_machine import describe_machine
 from scpl_ds.partition.config import GenerationConfig, generation_config
 from scpl_ds.partition.plan import render_plan
+from scpl_ds.recipe_words import method_in_words
 from scpl_ds.run_folder import versions
 from scpl_ds.setup_schedule import draw_schedule, predict_bubble
 from scpl_ds.trackers._base import TrackerSet
@@ -49,8 +50,9 @@ class Start:
 def log_memory(run: Run, measured: Sequence[int]) -> None:
     """Bytes at the peak of every rank, beside what was predicted."""
     words = compare(
-        run.start.memory, measured, dp_size=run.mesh.dp_size, device_type=run.device.type
-    )
+        run.start.memory, measured, dp_size=run.mesh.dp_size, device_type=run.device.type,
+        before=run.memory.before,
+    )  # fmt: skip
     log.info("%s", words)
 
 
@@ -154,6 +156,7 @@ def about(run: Run) -> dict[str, Any]:
         "num_train": facts.num_train,
         "num_eval": facts.num_eval,
         "majority_accuracy": facts.majority_accuracy,
+        "memory_before_model_bytes": run.memory.before,
         "predicted": {"bubble_fraction": share, "steps": steps, "memory": memory},
         "machine": {"device": device, **{key: machine[key] for key in _MACHINE}},
         "versions": versions(),
@@ -167,7 +170,12 @@ def _banner(run: Run) -> tuple[str, str, str]:
     plan, anatomy = run.model.plan, run.model.anatomy
     sizes = run.recipe.deepspeed.batch(m.dp_size)
     cut = render_plan(plan, anatomy, pipeline_ranks=m.pp_size, data_parallel=m.dp_size)
-    drawing = draw_schedule(run.recipe, plan.num_stages, max(2, min(sizes.accumulation, 4)))
+    schedule = f"schedule '{scpl.order}'"
+    if m.pp_size > 1:  # one rank takes the stages one after the other: nothing to draw
+        drawing = draw_schedule(run.recipe, plan.num_stages, max(2, min(sizes.accumulation, 4)))
+        schedule += f", first micro-batches:\n{drawing}"
+    else:
+        schedule += ": one rank holds all stages, and works on one after the other"
     guess = run.start.about["predicted"]
     share, steps = guess["bubble_fraction"], guess["steps"]
     bubble = "not predicted for this schedule" if share is None else f"{share:.1%}"
@@ -181,9 +189,12 @@ def _banner(run: Run) -> tuple[str, str, str]:
         kind = "pipeline rank" if m.dp_size > 1 else "rank"
         memory = f"{', '.join(shown + more)} predicted at the peak"
         memory = memory if kind == "rank" else memory.replace("rank ", f"{kind} ", 1)
+        if run.device.type == "cpu":
+            memory += f", on top of {show_size(run.memory.before)} of Python and libraries"
     together = scpl.method != "scpl" or scpl.clip_scope == "global"
     epochs = "a stream" if facts.num_train is None else f"{run.progress.epoch(total):.2f} epochs"
     lines = [
+        f"method   {method_in_words(run.recipe.to_mapping()['scpl'])}",
         f"bubble   {bubble}",
         f"memory   {memory}",
         f"batch    train_batch_size {sizes.global_batch} = micro-batch {sizes.micro_batch} x "
@@ -194,7 +205,7 @@ def _banner(run: Run) -> tuple[str, str, str]:
         f"{'over all stages' if together else 'per stage'}",
         f"run      {run.folder.path}",
     ]
-    return cut, f"schedule '{scpl.order}', first micro-batches:\n{drawing}", "\n".join(lines)
+    return cut, schedule, "\n".join(lines)
 
 
 def _shortened(text: str, whole: Path) -> str:

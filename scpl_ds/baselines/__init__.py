@@ -40,6 +40,7 @@ def make_rival(name: str, job: Job, mesh: Mesh) -> Rival:
     """
     if name not in RIVALS:
         raise RecipeError(
-            f"no rival is called '{name}'{did_you_mean(name, RIVALS)} Known: {', '.join(RIVALS)}."
+            f"no rival is called '{name}'{did_you_mean(name, RIVALS) or '.'} "
+            f"Known: {', '.join(RIVALS)}."
         )
     return RIVALS[name](name, job, mesh)

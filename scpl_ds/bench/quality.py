@@ -236,7 +236,7 @@ def _scpl_of(method: str, variants: Mapping[str, Mapping[str, Any]]) -> Mapping[
     named |= variants
     if method not in named:
         raise RecipeError(
-            f"--methods: unknown method '{method}'{did_you_mean(method, named)} Known: "
+            f"--methods: unknown method '{method}'{did_you_mean(method, named) or '.'} Known: "
             f"{', '.join(named)}."
         )
     return named[method]

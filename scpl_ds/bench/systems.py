@@ -323,7 +323,7 @@ def choose(
             )
         if name not in known:
             raise RecipeError(
-                f"--systems: unknown system '{name}'{did_you_mean(name, possible)} "
+                f"--systems: unknown system '{name}'{did_you_mean(name, possible) or '.'} "
                 f"Known: {', '.join(possible)}."
             )
     return tuple(dict.fromkeys(asked or possible))

@@ -131,7 +131,7 @@ def require_columns(found: Iterable[str], wanted: Mapping[str, str], *, where: s
     """
     found = [str(name) for name in found]
     missing = [
-        f"{key}: '{name}' is not a column{did_you_mean(name, found)}"
+        f"{key}: '{name}' is not a column{did_you_mean(name, found) or '.'}"
         for key, name in wanted.items()
         if name not in found
     ]

@@ -213,8 +213,8 @@ def _dataset(
         if key not in ids:
             raise DataError(
                 f"{raw.at(index)}: label '{label}' does not occur in training, which has "
-                f"{_list(names)}{did_you_mean(str(label), names)} Correct it, or list all classes "
-                f"in data.label_names."
+                f"{_list(names)}{did_you_mean(str(label), names) or '.'} Correct it, or list all "
+                f"classes in data.label_names."
             )
         labels.append(ids[key])
     columns: dict[str, Any] = {"text": list(raw.texts), "label": labels, "row": list(raw.rows)}

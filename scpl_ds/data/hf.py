@@ -98,8 +98,9 @@ class HubSource(DataSource):
         if name not in dataset:
             found = [str(split) for split in dataset]
             raise DataError(
-                f"{key}: '{self.options.dataset}' has no split '{name}'{did_you_mean(name, found)} "
-                f"Splits found: {', '.join(found)}. Set {key} to one of them, or to null."
+                f"{key}: '{self.options.dataset}' has no split '{name}'"
+                f"{did_you_mean(name, found) or '.'} Splits found: {', '.join(found)}. "
+                f"Set {key} to one of them, or to null."
             )
         return dataset[name]
 

@@ -104,7 +104,7 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None, na
         special = [str(token) for token in tokenizer.all_special_tokens]
         raise DataError(
             f"data.pad_token: '{pad_token}' is not among the {len(vocabulary)} tokens of '{name}'"
-            f"{did_you_mean(pad_token, ['eos', *special])} Its special tokens: "
+            f"{did_you_mean(pad_token, ['eos', *special]) or '.'} Its special tokens: "
             f"{', '.join(special) or 'none'}. A new token would need a new row in the embedding."
         )
     tokenizer.pad_token = pad_token

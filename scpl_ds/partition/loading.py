@@ -47,6 +47,7 @@ def load_stage(
     seed: int,
     adapters: Adapters | None = None,
     only_read: bool = False,
+    replaced: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> StageModule:
     """Layers ``[start, end)`` of a checkpoint as a stage, in eval mode, reading only their tensors.
@@ -69,6 +70,8 @@ def load_stage(
         seed: Torch seed for weights that the checkpoint does not have.
         adapters: Trained in the place of the layers' weights, which then stay one in a tie.
         only_read: It is not trained, so a tie that it breaks is nothing to warn of.
+        replaced: Its weights are going to be those of a checkpoint of a run, so what is drawn here
+            is nothing to tell of.
         **from_pretrained_kwargs: Passed on (``attn_implementation``, ``revision``, ``token`` ...).
 
     Raises:
@@ -115,6 +118,8 @@ def load_stage(
     _refuse_mismatched(path, anatomy, info["mismatched_keys"])
     drawn = _drawn(path, anatomy, start, end, model, set(info["missing_keys"]))
     drop_partners(model, anatomy, start, end)
+    if drawn and not (only_read or replaced):
+        log.info("'%s' has no %s: drawn from the seed.", path, ", ".join(drawn))
     if adapters is None and not only_read:
         warn_untied(anatomy, start, end)
     if adapters is not None:
@@ -172,12 +177,6 @@ def _drawn(
             f"[{start}, {end}) of '{anatomy.model_type}' ({', '.join(lost[:3])}"
             f"{', ...' if len(lost) > 3 else ''}): it belongs to another model, or is incomplete. "
             "Set model.name_or_path to a checkpoint of this architecture."
-        )
-    if heads:
-        log.info(
-            "'%s' has no %s: drawn from the seed (unless a checkpoint of a run replaces it).",
-            path,
-            ", ".join(heads),
         )
     return heads
 

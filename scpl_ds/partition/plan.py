@@ -184,7 +184,7 @@ def make_plan(
         bounds = time_cut(times, num_stages, head_on_last=head_on_last)
     else:
         raise PartitionError(
-            f"scpl.partition: unknown method '{method}'{did_you_mean(method, METHODS)} "
+            f"scpl.partition: unknown method '{method}'{did_you_mean(method, METHODS) or '.'} "
             f"Known: {', '.join(METHODS)}; or a list such as [[0, 3], [3, 6]]."
         )
     return PartitionPlan(bounds, method, head_flops, head_on_last, times)

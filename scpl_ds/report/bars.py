@@ -46,7 +46,7 @@ def legend(looks: Iterable[tuple[str, str]]) -> Html:
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[object]], *, left: Iterable[int] = (0,)
+    header: Sequence[object], rows: Iterable[Sequence[object]], *, left: Iterable[int] = (0,)
 ) -> Html:
     """Columns to the right but ``left``; it scrolls by itself where it is too wide."""
     aligned = frozenset(left)

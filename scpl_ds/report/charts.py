@@ -45,6 +45,8 @@ class Chart:
 
     title: str
     series: Sequence[Series]
+    metric: str = ""
+    """Its name in ``metrics.jsonl`` and the trackers, where the title does not say it."""
     unit: str = ""
     scale: float = 1.0
     """What values are multiplied by to be shown: 100 for percent."""
@@ -102,7 +104,12 @@ def draw(chart: Chart) -> Html | None:
     ]
     return el(
         "figure",
-        el("figcaption", el("b", chart.title), f"{unit}{scale}"),
+        el(
+            "figcaption",
+            el("b", chart.title),
+            f"{unit}{scale}",
+            el("code", chart.metric) if chart.metric else None,
+        ),
         picture,
         _legend(series),
         *(el("p", note, class_="note") for note in notes),

@@ -9,11 +9,33 @@ from scpl_ds.report.charts import Chart, Level, Series
 from scpl_ds.report.reading import Points, RunFiles
 
 _STAGE = re.compile(r"stage(\d{1,9})/(\w+)")
+_RATE = "perf/tokens_per_s"
 _RANK = re.compile(r"perf/rank(\d{1,9})/(\w+)")
 _SHOWN = frozenset({"lr", "epoch", "head/loss", "val/loss", "val/accuracy", "val/perplexity"})
-_NAMES = {
-    "valid_anchor_fraction": "Rows with a positive",
+_EXIT = re.compile(r"val/accuracy_after_layer_(\d{1,9})")
+_TITLES = {
+    "valid_anchor_fraction": "Rows with a positive, share",
+    "valid_token_fraction": "Tokens with a positive, share",
+    "exit_accuracy": "Accuracy of the local classifier",
+    "token_accuracy": "Accuracy of the local next-token head",
+    "prototype_accuracy": "Accuracy of the nearest prototype",
     "nearest_class_accuracy": "Accuracy of the nearest class mean",
+    "feature_rank": "Effective rank of the features",
+    "alignment": "Distance within a class (alignment)",
+    "uniformity": "Spread of the features (uniformity)",
+    "local_loss": "Local objective alone",
+    "ahead_loss": "Task loss behind the lookahead",
+    "bridge_loss": "Loss of the bridge",
+    "code_loss": "Loss of the label code",
+    "supcon_loss": "Supervised contrastive loss",
+    "similarity_loss": "Similarity matching loss",
+    "variance_loss": "Variance term",
+    "invariance_loss": "Invariance term",
+    "covariance_loss": "Covariance term",
+    "loss_scale": "Loss scale (fp16)",
+    "skipped_steps": "Skipped steps (fp16)",
+    "perf/samples_per_s": "Samples per second",
+    "val/token_accuracy": "Validation accuracy of the next token",
 }
 
 
@@ -27,14 +49,16 @@ def loss_charts(run: RunFiles) -> list[Chart]:
         Series("validation", metrics.get("val/loss", []), last + 1, marks=True),
     ]
     charts = [
-        Chart(f"Local loss of {_these(local)}", local),
-        Chart("Task loss", task),
+        Chart(f"Local loss of {_these(local)}", local, "stage{k}/loss"),
+        Chart("Task loss", task, "head/loss, val/loss"),
     ]
     charts += [score_chart([_score(run, "validation", 0)], run.perplexed, run.majority)]
     norms = [Series(f"stage {k}", p, k) for k, p in _by_stage(run, "grad_norm").items()]
     charts += [
-        Chart("Gradient norm before clipping", norms, may_be_log=True),
-        Chart("Learning rate", [Series("learning rate", metrics.get("lr", []))], from_zero=True),
+        Chart("Gradient norm before clipping", norms, "stage{k}/grad_norm", may_be_log=True),
+        Chart(
+            "Learning rate", [Series("learning rate", metrics.get("lr", []))], "lr", from_zero=True
+        ),
     ]
     return _placed(run, charts)
 
@@ -48,27 +72,52 @@ def speed_charts(run: RunFiles) -> list[Chart]:
     waits = waits or [Series("mean of all ranks", metrics.get("perf/bubble_fraction", []))]
     peak = Series("the rank with most", metrics.get("perf/peak_memory_gib", []))
     charts = [
-        Chart("Throughput", [_tokens(run, "tokens/s", 0)], "tokens/s", from_zero=True),
-        Chart("Waiting for other ranks", waits, "% of the time", 100, from_zero=True),
-        Chart("Peak memory of a process", [peak], "GiB", from_zero=True),
+        Chart("Throughput", [_tokens(run, "tokens/s", 0)], _RATE, "tokens/s", from_zero=True),
+        Chart(
+            "Waiting for other ranks",
+            waits,
+            "perf/bubble_fraction",
+            "% of the time",
+            100,
+            from_zero=True,
+        ),
+        Chart(
+            "Peak memory of a process, libraries included",
+            [peak],
+            "perf/peak_memory_gib",
+            "GiB",
+            from_zero=True,
+        ),
     ]
     return _placed(run, charts)
 
 
 def other_charts(run: RunFiles) -> list[Chart]:
     """What is in none of the others: diagnostics, and metrics of objectives of one's own."""
-    whats: dict[str, list[Series]] = {}
+    found: dict[str, list[Series]] = {}
     shown = {"loss", "grad_norm"}
     for name, points in run.metrics.items():
-        stage = _STAGE.fullmatch(name)
-        if stage and stage[2] in shown:
-            continue
-        if stage:
-            title = _NAMES.get(stage[2], stage[2].replace("_", " ").capitalize())
-            whats.setdefault(title, []).append(Series(f"stage {stage[1]}", points, int(stage[1])))
-        elif name == "perf/samples_per_s" or not (name.startswith("perf/") or name in _SHOWN):
-            whats.setdefault(name, []).append(Series(name, points))
-    return _placed(run, [Chart(title, series) for title, series in whats.items()])
+        stage, layer = _STAGE.fullmatch(name), _EXIT.fullmatch(name)
+        if stage and stage[2] not in shown:
+            each = Series(f"stage {stage[1]}", points, int(stage[1]))
+            found.setdefault("stage{k}/" + stage[2], []).append(each)
+        elif layer:
+            each = Series(f"layer {layer[1]}", points, int(layer[1]), marks=True)
+            found.setdefault("val/accuracy_after_layer_{n}", []).append(each)
+        elif not stage and (
+            name == "perf/samples_per_s" or not (name.startswith("perf/") or name in _SHOWN)
+        ):
+            found.setdefault(name, []).append(Series(name, points, marks=name.startswith("val/")))
+    return _placed(run, [Chart(_title(name), series, name) for name, series in found.items()])
+
+
+def _title(metric: str) -> str:
+    """In words, as far as it is one of ours."""
+    if metric == "val/accuracy_after_layer_{n}":
+        return "Validation accuracy of the local heads"
+    known = _TITLES.get(metric) or _TITLES.get(metric.removeprefix("stage{k}/"))
+    words = metric.removeprefix("stage{k}/").replace("_", " ").replace("/", ", ")
+    return known or words[:1].upper() + words[1:]
 
 
 def shared_charts(runs: Sequence[tuple[str, RunFiles]]) -> list[Chart]:
@@ -81,8 +130,8 @@ def shared_charts(runs: Sequence[tuple[str, RunFiles]]) -> list[Chart]:
             for number, (title, run) in enumerate(runs)
         ]
 
-    charts = [Chart("Task loss in training", each("head/loss"))]
-    charts.append(Chart("Task loss in validation", each("val/loss")))
+    charts = [Chart("Task loss in training", each("head/loss"), "head/loss")]
+    charts.append(Chart("Task loss in validation", each("val/loss"), "val/loss"))
     for perplexed in (False, True):
         group = [
             _score(run, title, number)
@@ -91,14 +140,14 @@ def shared_charts(runs: Sequence[tuple[str, RunFiles]]) -> list[Chart]:
         ]
         charts.append(score_chart(group, perplexed, None))
     rates = [_tokens(run, title, number) for number, (title, run) in enumerate(runs)]
-    return [*charts, Chart("Throughput", rates, "tokens/s", from_zero=True)]
+    return [*charts, Chart("Throughput", rates, _RATE, "tokens/s", from_zero=True)]
 
 
 def score_chart(series: Sequence[Series], perplexed: bool, majority: float | None) -> Chart:
     if perplexed:
-        return Chart("Validation perplexity", series, may_be_log=True)
+        return Chart("Validation perplexity", series, "val/perplexity", may_be_log=True)
     levels = [] if majority is None else [Level(f"majority class {majority:.1%}", majority)]
-    return Chart("Validation accuracy", series, "%", 100, levels)
+    return Chart("Validation accuracy", series, "val/accuracy", "%", 100, levels)
 
 
 def _score(run: RunFiles, name: str, style: int) -> Series:
@@ -107,7 +156,7 @@ def _score(run: RunFiles, name: str, style: int) -> Series:
 
 
 def _tokens(run: RunFiles, name: str, style: int) -> Series:
-    return Series(name, run.metrics.get("perf/tokens_per_s", []), style)
+    return Series(name, run.metrics.get(_RATE, []), style)
 
 
 def _by_stage(run: RunFiles, what: str) -> dict[int, Points]:

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scpl_ds import __version__
-from scpl_ds.errors import RecipeError
 from scpl_ds.memory_sizes import show_size
+from scpl_ds.recipe_files import write_output
+from scpl_ds.recipe_words import method_in_words
 from scpl_ds.report.bars import table
 from scpl_ds.report.charts import draw, key, show
 from scpl_ds.report.curves import shared_charts
+from scpl_ds.report.differences import Difference, differences, in_words
 from scpl_ds.report.markup import Html, el, join
 from scpl_ds.report.reading import RunFiles, number
 from scpl_ds.report.sections import all_of
 from scpl_ds.trackers._base import redact
 
 NAME = "report.html"
+_LONGEST_LABEL = 48
 
 
 class Fact(NamedTuple):
@@ -39,15 +42,9 @@ def write(folders: Sequence[Path], out: Path | None) -> Path:
         RecipeError: A folder is no run's, or the page cannot be written there.
     """
     runs = [RunFiles.open(folder) for folder in folders]
-    target = (out or runs[0].path / NAME).expanduser()
+    target = out or runs[0].path / NAME
     page = one(runs[0]) if len(runs) == 1 else several(runs)
-    try:
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(
-            f"--out {target}: cannot be written ({error.strerror}); name a file in a folder that "
-            "exists."
-        ) from error
+    write_output(target, page, key="--out")
     return target
 
 
@@ -65,27 +62,48 @@ def one(run: RunFiles) -> str:
 
 def several(runs: Sequence[RunFiles]) -> str:
     """Numbers and curves of all runs beside each other, then each run in full."""
-    names, left = _names(runs), (0, 1, 2)
-    facts = [_facts(run) for run in runs]
+    names, left = _names(runs), (0, 1, 2, 3)
+    facts, apart = [_facts(run) for run in runs], differences(runs)
+    own_words = in_words(apart) or [""] * len(runs)
     columns = list(dict.fromkeys(fact.name for each in facts for fact in each))
     rows = []
     for number_, (name, run, each) in enumerate(zip(names, runs, facts, strict=True)):
         own = {fact.name: fact for fact in each}
         cells = [own[c].value if c in own else "" for c in columns]
-        rows.append([key(name, number_), run.status[0], _method(run), *cells])
-    drawn = [draw(chart) for chart in shared_charts(list(zip(names, runs, strict=True)))]
+        method = el("span", _method(run), class_="said")
+        differs = el("span", own_words[number_], class_="said")
+        rows.append([key(name, number_), run.status[0], method, differs, *cells])
+    labels = [
+        f"{name} ({words})" if words and len(words) <= _LONGEST_LABEL else name
+        for name, words in zip(names, own_words, strict=True)
+    ]
+    drawn = [draw(chart) for chart in shared_charts(list(zip(labels, runs, strict=True)))]
+    head = ["run", "", "method", "what differs", *columns]
     return _document(
         f"{len(runs)} runs",
         el("header", el("h1", f"{len(runs)} runs beside each other")),
-        _section("numbers", "Numbers", table(["run", "", "method", *columns], rows, left=left)),
+        _section("numbers", "Numbers", table(head, rows, left=left)),
+        _section("differences", "Settings that differ", _settings(names, apart)),
         _section("curves", "Curves", el("div", *drawn, class_="charts")),
         *(
-            el("details", el("summary", name), _headline(run),
+            el("details", el("summary", label), _headline(run),
                *(_section("", title, content) for _, title, content in all_of(run) if content),
                class_="run")
-            for name, run in zip(names, runs, strict=True)
+            for label, run in zip(labels, runs, strict=True)
         ),
     )  # fmt: skip
+
+
+def _settings(names: Sequence[str], apart: Sequence[Difference]) -> Html:
+    """A row for each setting in which the recipes are not all alike."""
+    if not apart:
+        return el("p", "None: the recipes are the same, but for names and folders.", class_="note")
+    header = ["key", *(key(name, number_) for number_, name in enumerate(names))]
+    rows = [
+        [el("code", each.key), *(el("span", value, class_="said") for value in each.values)]
+        for each in apart
+    ]
+    return table(header, rows, left=range(len(names) + 1))
 
 
 def _section(anchor: str, title: str, content: Html | None) -> Html:
@@ -106,13 +124,7 @@ def _name(run: RunFiles) -> str:
 def _method(run: RunFiles) -> str:
     """``scpl: supcon``."""
     scpl = run.recipe.get("scpl")
-    scpl = scpl if isinstance(scpl, dict) else {}
-    method, objective = str(scpl.get("method", "scpl")), scpl.get("objective")
-    if method == "bp":
-        return "backpropagation"
-    parts = objective if isinstance(objective, list) else [objective]
-    names = [str(p.get("name")) if isinstance(p, dict) else str(p) for p in parts if p]
-    return f"{method}: {' + '.join(names)}" if names else method
+    return method_in_words(scpl if isinstance(scpl, dict) else {})
 
 
 def _headline(run: RunFiles) -> Html:

@@ -119,6 +119,12 @@ def memory(run: RunFiles) -> Html:
             part = Part("measured", "measured", found[rank] / most, size)
             lines.append(bar(f"rank {rank} measured", [part], after=size))
     notes = []
+    before = number(run.about.get("memory_before_model_bytes"))
+    if before is not None and run.about.get("device") == "cpu":
+        notes.append(
+            el("p", f"Neither has the {show_size(int(before))} that Python and libraries took "
+               "before the model; the curve of a process over the steps has them.", class_="note")
+        )  # fmt: skip
     if ranks > _MOST_RANKS:
         notes.append(el("p", f"{ranks - _MOST_RANKS} more ranks.", class_="note"))
     if not found:

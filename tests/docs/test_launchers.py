@@ -97,6 +97,41 @@ def test_a_python_that_cannot_make_an_environment_is_refused(clone: Path):
     assert not (clone / ".venv").exists()
 
 
+INDEX = "https://download.pytorch.org/whl/cpu"
+CHOOSE = """set -euo pipefail; source launch/environment.sh; VENV=$PWD/env
+may_have_gpu() { [[ -n ${A_GPU:-} ]]; }
+has_slurm() { [[ -n ${A_CLUSTER:-} ]]; }
+unset PIP_NO_INDEX PIP_FIND_LINKS; eval "${AND:-}"; echo "<$(cpu_index)>"
+"""
+
+
+@pytest.mark.parametrize(
+    "more, chosen",
+    [
+        ({}, True),
+        ({"A_GPU": "1"}, False),
+        ({"AND": "export PIP_EXTRA_INDEX_URL=file:///mine"}, False),
+        ({"AND": "export PIP_INDEX_URL=file:///mine"}, False),
+        ({"AND": "export PIP_FIND_LINKS=/wheels"}, False),
+        ({"AND": "export PIP_NO_INDEX=1"}, False),
+        ({"AND": "export PIP_CONFIG_FILE=$PWD/pip.conf"}, False),
+        ({"AND": "TORCH_CPU_INDEX=file:///nowhere"}, False),
+        ({"A_CLUSTER": "1"}, False),
+    ],
+)
+def test_the_cpu_build_is_taken_where_there_is_no_gpu_and_nobody_named_an_index(
+    clone: Path, more: dict[str, str], chosen: bool
+):
+    # pip is the real one; only whether the index answers is said by its address.
+    asked = (
+        f'#!/bin/sh\ncase $1 in -m) exec "{sys.executable}" "$@" ;; *) [ "$3" = {INDEX} ] ;; esac\n'
+    )
+    script(clone / "env" / "bin" / "python", asked)
+    (clone / "pip.conf").write_text("[global]\nindex-url = file:///mine\n")
+    finished = bash(CHOOSE, clone, **more)
+    assert finished.stdout == (f"<{INDEX}>\n" if chosen else "<>\n")
+
+
 # -- starting ------------------------------------------------------------------------------
 
 

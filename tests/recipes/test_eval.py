@@ -108,3 +108,18 @@ def test_a_label_the_run_does_not_know_is_refused(
     argv = ["eval", str(run), "data.train_file=null", f"data.eval_file={other}"]
     assert main([*argv, "data.label_names=null"]) == 2
     assert "'cheerfull' is not among the 4 label names sad, cheerful" in capsys.readouterr().err
+
+
+def test_eval_says_what_it_does_and_nothing_of_a_head_that_it_loads(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It said that the classifier is drawn from the seed, and then loaded the trained one."""
+    capsys.readouterr()
+    again = f"train.output_dir={tmp_path / 'run'}"
+    assert main(["train", str(run / "recipe.yaml"), again, "train.max_steps=1"]) == 0
+    assert "classifier.weight: drawn from the seed" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert "drawn from the seed" not in said
+    for words in ("reading the evaluation data", "in 2 stages", "scoring 21 samples"):
+        assert words in said

@@ -138,6 +138,15 @@ def test_backpropagation_is_not_called_a_local_rule(plain_run: Path, tmp_path: P
     write_card(tmp_path, changed(plain_run, scpl={"method": "bp"}), "sequence-classification")
     text = card_of(tmp_path).text
     assert "backpropagation through all stages" in text and "## Limits" not in text
+    assert "| method | `backpropagation` |" in text and "supcon" not in text
+
+
+def test_one_stage_is_called_backpropagation_and_polish_is_named(plain_run: Path, tmp_path: Path):
+    write_card(tmp_path, changed(plain_run, scpl={"stages": 1}), "sequence-classification")
+    text = card_of(tmp_path).text
+    assert "this is backpropagation" in text and "learned from a loss of its own" not in text
+    write_card(tmp_path, changed(plain_run, scpl={"polish": 0.25}), "sequence-classification")
+    assert "The last part of the steps (0.25 of them)" in card_of(tmp_path).text
 
 
 def test_a_checkpoint_without_a_recipe_gets_what_is_known(plain_run: Path, tmp_path: Path):

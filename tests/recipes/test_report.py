@@ -15,7 +15,7 @@ from scpl_ds.report import page
 from scpl_ds.report.charts import show
 from scpl_ds.report.reading import RunFiles
 from scpl_ds.sharding.none import NoneBackend
-from tests.support import tiny
+from tests.support import browser, tiny
 from tests.support.html_page import Page
 from tests.support.tiny import Bomb, put, train
 
@@ -104,7 +104,12 @@ def test_it_has_the_timeline_the_stages_the_recipe_and_the_environment(run: Path
     assert len(boxes) == picture.count("<rect ") > STEPS
     for row in about["partition"]:
         assert f"{row['stage']}{row['layers']}{row['holds']}" in found.words
-    for words in (about["fingerprint"], about["versions"]["torch"], "name_or_path", "stage 0 |F0"):
+    for words in (
+        about["fingerprint"],
+        about["versions"]["torch"],
+        "name_or_path",
+        "schedule 'stream'",
+    ):
         assert words in found.words
 
 
@@ -118,6 +123,26 @@ def test_the_predictions_that_were_tracked_are_shown_and_the_partition_once(run:
         assert f"{row['step']}{row['text']}{''.join(cells)}" in found.words
     titles = [found.words.count(word) for word in ("steptextlabel", "stagelayersholds")]
     assert titles == [1, 1]
+
+
+@pytest.mark.skipif(browser.executable() is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_browser_draws_it_loads_nothing_and_has_no_sideways_scrolling(
+    run: Path, tmp_path: Path, runs: int
+):
+    """In light, dark and 400 pixels wide."""
+    target = page.write([run] * runs, tmp_path / "page.html")
+    assert browser.look(target, tmp_path / "pictures") == []
+
+
+@pytest.mark.skipif(browser.executable() is None, reason="no chromium on PATH")
+def test_the_browser_finds_what_is_wrong_with_a_page(run: Path, tmp_path: Path):
+    source = page.one(RunFiles.open(run))
+    wrong = source.replace("</main>", "<img src='beside.png'><p style='width:3000px'>.</p></main>")
+    (tmp_path / "page.html").write_text(wrong.replace('class="line', 'class="lin'))
+    found = "\n".join(browser.look(tmp_path / "page.html", tmp_path / "pictures"))
+    for words in ("beside.png", "pixels wide in a window of 400", "charts are not drawn"):
+        assert words in found
 
 
 def test_a_run_that_was_asked_to_stop_says_by_what_and_where(base: dict[str, Any], tmp_path: Path):
@@ -160,12 +185,27 @@ def test_the_banner_predicts_and_fits_on_a_screen(run: Path):
     assert len(lines) < 24
     peak = show_size(about["predicted"]["memory"]["ranks"][0]["peak"])
     for words in (
-        "2 stages", "stage 0 |F0 B0", f"memory   rank 0 {peak} predicted", "bubble   0.0% pred",
+        "2 stages", "schedule 'stream': one rank", "method   scpl: supcon",
+        f"memory   rank 0 {peak} predicted at the peak, on top of", "bubble   0.0% pred",
         "train_batch_size 8 = micro-batch 8 x accumulation 1 x data-parallel 1",
     ):  # fmt: skip
         assert words in "\n".join(lines), words
         assert words in (run / "plan.txt").read_text(), words
     assert "between steps" in (run / "plan.txt").read_text(), "all parts of the prediction"
+    assert "stage 0 |" not in (run / "plan.txt").read_text(), "one rank has no pipeline to draw"
+
+
+def test_what_python_takes_is_said_beside_predicted_and_measured_memory(run: Path, found: Page):
+    """Half a GiB used to lie between them without a word."""
+    about = json.loads((run / "about.json").read_text())
+    before = show_size(about["memory_before_model_bytes"])
+    result = json.loads((run / "result.json").read_text())
+    rows = [r["perf/peak_memory_gib"] * 2**30 for r in rows_of(run) if "perf/peak_memory_gib" in r]
+    whole = about["memory_before_model_bytes"] + result["peak_memory_bytes"][0]
+    assert whole == pytest.approx(max(rows), abs=2**24), "a page here and there"
+    assert f"Neither has the {before}" in found.words
+    assert f"Neither has the {before}" in (run / "logs" / "rank0.log").read_text()
+    assert "On top of each peak: about 0.5 GiB" in (run / "plan.txt").read_text()
 
 
 def test_a_backend_that_does_not_say_what_it_needs_is_named_in_the_banner(

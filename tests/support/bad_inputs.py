@@ -238,7 +238,7 @@ CASES = [
     Case("empty-text", ("mine.csv, line 10: column 'text' is empty",), {}, rows(*EIGHT, (" ", 0))),
     Case(
         "no-text-column",
-        ("data.text_column: 'text' is not a column", "Columns found: review, label"),
+        ("data.text_column: 'text' is not a column", ". Columns found: review, label"),
         {},
         rows(*EIGHT, header="review,label"),
     ),

@@ -2,8 +2,8 @@
 
 python -m tests.support.browser PAGE.html FOLDER
 
-Not a part of the suite, which needs no browser. Exit code 1: the page asked for something besides
-itself, an error was said on the console, or the page is wider than its window.
+Exit code 1: the page asked for something besides itself, an error was said on the console, a chart
+is not drawn, or the page is wider than its window.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ import base64
 import contextlib
 import json
 import os
+import selectors
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 VIEWS = {"light": (1280, "light"), "dark": (1280, "dark"), "narrow": (400, "light")}
 _WIDTHS = "[document.scrollingElement.scrollWidth, innerWidth]"
+_PATIENCE_S = 60.0
+"""How long one answer may take: a busy machine starts Chromium in ten seconds."""
+_UNDRAWN = """[...document.querySelectorAll('figure.chart')].filter((f) => {
+const closed = f.closest('details:not([open])'), s = f.querySelector('svg');
+const b = s.getBoundingClientRect(); return !closed && !(b.width > 100 && b.height > 50
+&& ([...s.querySelectorAll('.line')].some((l) => l.getTotalLength() > 0
+&& getComputedStyle(l).stroke !== 'none') || s.querySelector('.dot, .lost'))); }).length"""
 _POINT = """(() => { const s = document.querySelector('figure.chart > svg'); s.scrollIntoView();
 const b = s.getBoundingClientRect(); s.dispatchEvent(new PointerEvent('pointermove',
 {clientX: b.left + b.width * .6, clientY: b.top + 40, bubbles: true}));
@@ -31,8 +42,10 @@ return document.querySelector('.tip').innerText; })()"""
 class Tab:
     """One page, spoken to by Chromium's DevTools protocol over a pair of pipes."""
 
-    def __init__(self, to: Any, fro: Any) -> None:
-        self._to, self._fro, self._number = to, fro, 0
+    def __init__(self, to: Any, fro: int) -> None:
+        self._to, self._fro, self._number, self._read = to, fro, 0, b""
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(fro, selectors.EVENT_READ)
         self._session: dict[str, str] = {}
         self.heard: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -60,19 +73,34 @@ class Tab:
         return found["result"].get("value")
 
     def _next(self) -> dict[str, Any]:
-        words = bytearray()
-        while (byte := self._fro.read(1)) != b"\0":
-            assert byte, "chromium has ended"
-            words += byte
+        end = time.monotonic() + _PATIENCE_S
+        while b"\0" not in self._read:
+            assert self._ready.select(max(0.0, end - time.monotonic())), "chromium says nothing"
+            more = os.read(self._fro, 2**16)
+            assert more, "chromium has ended"
+            self._read += more
+        words, _, self._read = self._read.partition(b"\0")
         return json.loads(words)
+
+
+def executable() -> str | None:
+    """Chromium as it is called here; None: there is none."""
+    return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Tab]:
+    """
+    Raises:
+        FileNotFoundError: No Chromium is on PATH.
+    """
+    if (name := executable()) is None:
+        raise FileNotFoundError(f"none of {', '.join(_NAMES)} is on PATH")
     (their_in, to), (fro, their_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [
-            "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            name, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
             "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
         # It reads from file 3 and writes to file 4.
@@ -83,11 +111,16 @@ def chromium() -> Iterator[Tab]:
         os.close(their_in)
         os.close(their_out)
         try:
-            with open(to, "wb") as writing, open(fro, "rb") as reading:
-                yield Tab(writing, reading)
+            with open(to, "wb") as writing:
+                yield Tab(writing, fro)
         finally:
+            os.close(fro)
             browser.terminate()
-            browser.wait()
+            try:
+                browser.wait(10)
+            except subprocess.TimeoutExpired:
+                browser.kill()
+                browser.wait()
 
 
 def look(page: Path, folder: Path) -> list[str]:
@@ -107,12 +140,21 @@ def _view(tab: Tab, page: Path, view: str, picture: Path) -> Iterator[str]:
     tab.call("Page.navigate", url=page.as_uri())
     tab.wait_for("Page.loadEventFired")
     inside, window = tab.value(_WIDTHS)
+    charts, undrawn = (
+        tab.value("document.querySelectorAll('figure.chart').length"),
+        tab.value(_UNDRAWN),
+    )
     height = tab.value("document.scrollingElement.scrollHeight")
     tab.call("Emulation.setDeviceMetricsOverride", height=height, **size)
     shot = tab.call("Page.captureScreenshot", format="png")
     picture.write_bytes(base64.b64decode(shot["data"]))
     said = tab.value(_POINT)
-    print(f"{view}: {inside} of {window} pixels wide, {height} high; pointed at: {said!r}")
+    print(
+        f"{view}: {inside} of {window} pixels wide, {height} high, {charts} charts; "
+        f"pointed at: {said!r}"
+    )
+    if not charts or undrawn:
+        yield f"{view}: {undrawn} of {charts} charts are not drawn"
     if inside > window:
         yield f"{view}: {inside} pixels wide in a window of {window}"
     if not said or "step" not in said:

@@ -122,6 +122,18 @@ def test_plan_prints_the_table_and_the_schedule_and_makes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_plan_of_one_rank_draws_no_schedule_and_names_the_method(
+    recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One rank works on one stage after the other: the drawing of one rank a stage is not its."""
+    path = write_recipe(tmp_path / "mine.yaml", recipe)
+    assert main(["plan", str(path), "--ranks", "1", "scpl.polish=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "stage 0 |" not in said and "schedule '" not in said
+    assert "method scpl: supcon, polish 0.5" in said
+    assert "On top of each peak: about 0.5 GiB a rank of Python and libraries comes." in said
+
+
 def test_plan_takes_as_many_ranks_as_the_recipe_asks_for(
     recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

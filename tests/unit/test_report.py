@@ -18,6 +18,7 @@ import yaml
 from scpl_ds import lock
 from scpl_ds.cli import main
 from scpl_ds.lock import RunLock
+from scpl_ds.recipe_words import method_in_words
 from scpl_ds.report import page
 from scpl_ds.report.charts import (
     _BOTTOM,
@@ -314,6 +315,79 @@ def test_several_runs_have_a_curve_each_and_all_their_parts(tmp_path: Path):
     assert len(ids) == len(set(ids))
 
 
+def recipe_of(train: dict[str, Any] | None = None, **scpl: Any) -> dict[str, Any]:
+    stages = {"stages": 2, "objective": {"name": "supcon"}, "head": {"detach_features": False}}
+    return {"scpl": stages | scpl, "train": {"seed": 0, "output_dir": "x"} | (train or {})}
+
+
+def several_of(folder: Path, **recipes: dict[str, Any]) -> Page:
+    runs = []
+    for name, recipe in recipes.items():
+        recipe["train"]["output_dir"] = name
+        runs.append(RunFiles.open(run_folder(folder / name, **{"recipe.yaml": recipe})))
+    return Page(page.several(runs))
+
+
+def test_runs_of_one_method_are_told_apart_by_the_settings_that_differ(tmp_path: Path):
+    found = several_of(
+        tmp_path,
+        plain=recipe_of(),
+        looks=recipe_of(lookahead=2),
+        polished=recipe_of(polish=0.1),
+        seeded=recipe_of({"seed": 3}),
+        other=recipe_of(),
+    )
+    curves = ["plain", "looks (lookahead 2)", "polished (polish 0.1)", "seeded (seed 3)", "other"]
+    assert [name for name in found.curves() if name in curves] == curves
+    for row in (
+        "scpl.lookaheadnot set2not setnot setnot set", "scpl.polishnot setnot set0.1not setnot set",
+        "train.seed00030", "scpl: supcon, lookahead 2",
+    ):  # fmt: skip
+        assert row in found.words
+    assert "train.output_dirplain" not in found.words
+
+
+def test_two_runs_both_say_what_differs_and_equal_ones_that_nothing_does(tmp_path: Path):
+    found = several_of(tmp_path / "a", a=recipe_of({"seed": 1}), b=recipe_of({"seed": 2}))
+    assert {"a (seed 1)", "b (seed 2)"} <= set(found.curves())
+    found = several_of(tmp_path / "b", a=recipe_of(), b=recipe_of())
+    assert "the recipes are the same" in found.words and {"a", "b"} <= set(found.curves())
+
+
+@pytest.mark.parametrize(
+    "scpl, words",
+    [
+        ({"method": "bp"}, "backpropagation"),
+        ({"method": "bp", "stages": 1}, "backpropagation (one stage)"),
+        ({"stages": 1}, "backpropagation (one stage)"),
+        ({"stages": 1, "head": {}}, "backpropagation (one stage)"),
+        ({"stages": 1, "head": {"detach_features": True}}, "scpl: supcon"),
+        ({"stages": 1, "head": {}, "objective": {"name": "associated"}}, "scpl: associated"),
+        ({"stages": 3, "freeze_stages": 1}, "scpl: supcon, first stage frozen"),
+        ({"freeze_stages": 1}, "backpropagation of the last stage, the others frozen"),
+        ({"objective": {"name": "sum", "parts": [{"name": "a"}, {"name": "b"}]}}, "scpl: a + b"),
+        ({"objective": ["a", "b"], "method": "joint"}, "joint: a + b"),
+    ],
+)
+def test_the_method_is_named_by_what_trains(scpl: dict[str, Any], words: str):
+    assert method_in_words(recipe_of(**scpl)["scpl"]) == words
+
+
+def test_charts_have_titles_in_words_and_the_metric_below(tmp_path: Path):
+    names = ("val/accuracy_after_layer_2", "val/accuracy_after_layer_4", "perf/samples_per_s",
+             "stage0/valid_anchor_fraction", "stage0/my_own", "head/loss")  # fmt: skip
+    rows = [{"step": n, **dict.fromkeys(names, 0.5)} for n in (1, 2)]
+    found = page_of(run_folder(tmp_path / "run", **{"metrics.jsonl": rows}))
+    for words in (
+        "Validation accuracy of the local headsval/accuracy_after_layer_{n}",
+        "Samples per secondperf/samples_per_s",
+        "Rows with a positive, sharestage{k}/valid_anchor_fraction",
+        "My ownstage{k}/my_own", "Task losshead/loss, val/loss",
+    ):  # fmt: skip
+        assert words in found.words
+    assert {"layer 2", "layer 4"} <= set(found.curves())
+
+
 # -- what became of the run ----------------------------------------------------------------
 
 
@@ -390,11 +464,26 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_page_is_put_in_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path):
+    """It used to be written in place: who had it open saw half of it."""
+    folder = run_folder(tmp_path / "run")
+    target = page.write([folder], None)
+    before = target.read_text(encoding="utf-8")
+    old = target.open(encoding="utf-8")
+    page.write([folder], None)
+    with old:
+        assert old.read() == before, "another file was put in its place"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "metrics.jsonl", "recipe.yaml", "report.html",
+    ]  # fmt: skip
+
+
 def test_a_report_is_made_without_torch(tmp_path: Path):
     code = (
         "import sys\nfrom scpl_ds.cli import main\nassert main(sys.argv[1:]) == 0\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", code, "report", str(run_folder(tmp_path / "run"))]
+    runs = [str(run_folder(tmp_path / name)) for name in ("run", "other")]
+    command = [sys.executable, "-c", code, "report", *runs]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
