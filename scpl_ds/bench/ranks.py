@@ -111,12 +111,14 @@ class World:
             if cores is not None:
                 os.sched_setaffinity(0, cores[rank])
             each = ranks // (len(namespaces) or 1)
-            link = hosts.enter(namespaces[rank // each]) if namespaces else None
+            link = None
+            if namespaces:
+                link = Link(hosts.enter(namespaces[rank // each]), counts=rank % each == 0)
             torch.set_num_threads(threads)
             env, patience = RankEnv(rank, ranks, rank, ranks), limit_s / 2  # so that it says why
             join_file_world(env, folder / "store", timeout_s=patience)
             mesh = Mesh(ranks // data_parallel, data_parallel, _CPU, timeout_s=patience)
-            _serve(pipe, mesh, build, link and Link(link, counts=rank % each == 0))
+            _serve(pipe, mesh, build, link)
 
         try:
             for rank in range(ranks):
