@@ -26,7 +26,8 @@ RIVALS: dict[str, Callable[[str, Job, Mesh], Rival]] = {
     "deepspeed-1f1b": functools.partial(DeepSpeedPipeline, zero_stage=0),
     "deepspeed-1f1b-zero1": functools.partial(DeepSpeedPipeline, zero_stage=1),
     "ddp": Ddp,
-    "zero": Zero,
+    "zero": functools.partial(Zero, zero_stage=1),
+    "zero3": functools.partial(Zero, zero_stage=3),
 }
 """Name -> what makes it, from its name, a job and a mesh."""
 

@@ -25,7 +25,7 @@ def config(job: Job, *, micro_batch_size: int, accumulation: int, zero_stage: in
         job: For the device: only on a GPU can ZeRO's messages run beside the backward.
         micro_batch_size: Samples of one forward of one rank.
         accumulation: Micro-batches of a step.
-        zero_stage: 0 or 1.
+        zero_stage: 0, 1 or 3.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,

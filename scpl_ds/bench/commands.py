@@ -46,8 +46,13 @@ def _model_and_length(parser: argparse.ArgumentParser) -> None:
 
 def _pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ranks", type=_count, default=2, help="processes, a stage each; default: %(default)s"
+        "--ranks", type=_count, default=2, help="processes; default: %(default)s"
     )
+    parser.add_argument(
+        "--data-parallel", type=_count, default=1, metavar="D",
+        help="of them with the same stage, which share the samples of a micro-batch: "
+        "ranks / D stages; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument(
         "--micro-batches", type=_counts, default=(1, 2, 4, 8), metavar="M,...",
         help="micro-batches of one optimizer step; default: 1,2,4,8",
@@ -71,8 +76,9 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--namespaces", type=_names, default=(), metavar="A,B",
-        help="a network namespace for each rank (root; launch/namespaces.sh makes them); bytes "
-        "sent are then those of their interfaces",
+        help="network namespaces as hosts, as many ranks in each, those of a stage beside each "
+        "other (root; launch/namespaces.sh makes them, with a rate and a delay); bytes sent are "
+        "then those of their interfaces",
     )  # fmt: skip
     parser.add_argument(
         "--emulate", type=_milliseconds, default=None, metavar="FORWARD_MS,BACKWARD_MS",

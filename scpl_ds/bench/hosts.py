@@ -6,29 +6,35 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import socket
+import statistics
+import struct
+import time
 from pathlib import Path
 
 from scpl_ds.errors import RecipeError
 
 FOLDER = Path("/var/run/netns")
 _CLONE_NEWNET = 0x40000000
+_SIOCGIFADDR = 0x8915
 _LOOPBACK = "lo"
+_CONNECTIONS = 15
 
 
 def check(hosts: tuple[str, ...], ranks: int, folder: Path = FOLDER) -> None:
     """Refuse what ranks could not enter, before any is started.
 
     Raises:
-        RecipeError: A namespace is not there, this process may not enter any, or ranks would have
-            to share one: what an interface has sent is all ranks' in it together.
+        RecipeError: A namespace is not there, this process may not enter any, or they would not
+            all have as many ranks.
     """
-    if hosts and len(set(hosts)) != ranks:
+    if hosts and (len(set(hosts)) != len(hosts) or ranks % len(hosts)):
         raise RecipeError(
             f"--namespaces {','.join(hosts)}: {len(set(hosts))} namespaces for {ranks} ranks. "
-            "Name one for each rank."
+            "Name each once, and as many as divide --ranks."
         )
     for name in hosts:
         if not (folder / name).exists():
@@ -66,6 +72,36 @@ def interface() -> str:
     if not names:
         raise OSError("this network namespace has no interface but the loopback")
     return names[0]
+
+
+def address(name: str) -> str:
+    """The IPv4 address of an interface of this process's namespace.
+
+    Raises:
+        OSError: It has none.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+    return socket.inet_ntoa(answer[20:24])
+
+
+def round_trip_s(first: str, second: str, folder: Path = FOLDER) -> float:
+    """Seconds from one namespace to another and back: the median of what TCP takes to connect.
+
+    This thread is in ``second`` afterwards: for a process of its own.
+
+    Raises:
+        OSError: A namespace cannot be entered, or one does not reach the other in 5 s.
+    """
+    server = socket.create_server((address(enter(first, folder)), 0), backlog=_CONNECTIONS)
+    enter(second, folder)
+    times: list[float] = []
+    with server:
+        for _ in range(_CONNECTIONS):  # the first one also asks for the hardware address
+            began = time.monotonic()
+            socket.create_connection(server.getsockname(), timeout=5).close()
+            times.append(time.monotonic() - began)
+    return statistics.median(times)
 
 
 def bytes_out(name: str, table: str | None = None) -> int:

@@ -66,6 +66,8 @@ class Options:
     """What is asked for, as ``scpl-ds bench pipeline --help`` says it."""
 
     ranks: int = 2
+    data_parallel: int = 1
+    """Of the ranks with the same stage; they share the samples of a micro-batch."""
     micro_batches: tuple[int, ...] = (1, 2, 4, 8)
     model: str = "bert-8l"
     seq: int = 64
@@ -75,9 +77,13 @@ class Options:
     threads: int = 1
     systems: tuple[str, ...] | None = None
     namespaces: tuple[str, ...] = ()
-    """One of each rank; empty: all ranks are in this process's."""
+    """As many ranks in each; empty: all ranks are in this process's."""
     emulate: tuple[float, float] | None = None
     """Milliseconds of a forward and of a backward of one micro-batch."""
+
+    @property
+    def stages(self) -> int:
+        return self.ranks // self.data_parallel
 
     @property
     def lengths(self) -> Lengths | None:
@@ -133,6 +139,7 @@ def run(
     known = dict(entries or systems.entries())
     chosen = systems.choose(options.systems, known, emulated=options.emulate is not None)
     hosts.check(options.namespaces, options.ranks)
+    _check_data_parallel(options)
     pinning = pin(options)
     figures: dict[str, Any] = {
         "machine": describe_machine()
@@ -141,11 +148,22 @@ def run(
         "rows": [],
         "summary": [],
     }
+    if len(options.namespaces) > 1:
+        first, last = options.namespaces[0], options.namespaces[-1]
+        seconds = in_a_fork(lambda: hosts.round_trip_s(first, last))
+        figures["machine"]["round_trip_ms"] = round(1e3 * seconds, 3)
+        log.info("%s to %s and back: %.1f ms", first, last, 1e3 * seconds)
     with tempfile.TemporaryDirectory(prefix="scpl-bench-") as folder, _one_thread():
         model = _prepare(options, Path(folder) / "model")
         for number in options.micro_batches:
             task = Task(
-                model, options.ranks, number, options.micro_batch_size, options.seq, options.lengths
+                model,
+                options.stages,
+                number,
+                options.micro_batch_size,
+                options.seq,
+                options.lengths,
+                options.data_parallel,
             )
             rows = _cell(task, options, {name: known[name] for name in chosen}, pinning)
             figures["rows"] += rows
@@ -156,13 +174,31 @@ def run(
 
 
 def pin(options: Options) -> list[list[int]] | None:
-    """The cores of each rank, each its own; None where there are too few."""
+    """The cores of each rank, each its own; where there are too few, those of its host, if each
+    namespace can have one of its own; else None."""
     if not hasattr(os, "sched_getaffinity"):
         return None
     cores, each = sorted(os.sched_getaffinity(0)), options.threads
     if options.ranks * each > len(cores):
-        return None
+        count = len(options.namespaces)
+        if not count or len(cores) < count:
+            return None
+        of_a_host, ranks = len(cores) // count, options.ranks // count
+        starts = [rank // ranks * of_a_host for rank in range(options.ranks)]
+        return [cores[start : start + of_a_host] for start in starts]
     return [cores[rank * each : (rank + 1) * each] for rank in range(options.ranks)]
+
+
+def _check_data_parallel(options: Options) -> None:
+    share = options.data_parallel
+    for name, value in (
+        ("--ranks", options.ranks),
+        ("--micro-batch-size", options.micro_batch_size),
+    ):
+        if value % share:
+            raise RecipeError(
+                f"--data-parallel {share}: {name} {value} is no multiple of it. Use one that is."
+            )
 
 
 def _prepare(options: Options, folder: Path) -> Model:
@@ -171,13 +207,13 @@ def _prepare(options: Options, folder: Path) -> Model:
     model = systems.cut(path, 1)
     if options.emulate is None:
         layers = model.anatomy.num_layers
-        if options.ranks > layers:
+        if options.stages > layers:
             raise RecipeError(
-                f"--ranks {options.ranks}: every rank needs a layer and --model {options.model} "
-                f"has {layers}. Use at most {layers} ranks, or --emulate 5,10 for stages that "
+                f"--ranks {options.ranks}: every stage needs a layer and --model {options.model} "
+                f"has {layers}. Use at most {layers} stages, or --emulate 5,10 for stages that "
                 "sleep."
             )
-        model = systems.cut(path, options.ranks)
+        model = systems.cut(path, options.stages)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if options.emulate is None and positions is not None and options.seq > positions:
         raise RecipeError(
@@ -252,6 +288,7 @@ def _world(
         name,
         lambda mesh, device: entry.build(task, mesh, device),
         ranks=options.ranks,
+        data_parallel=options.data_parallel,
         threads=options.threads,
         cores=pinning,
         namespaces=options.namespaces,

@@ -72,7 +72,7 @@ def simulated_row(row: Row, task: Task) -> Row:
     forward, backward = (seconds * task.micro_batch_size for seconds in task.lengths)
     slots = simulate(
         schedule,
-        task.ranks,
+        task.stages,
         task.num_micro_batches,
         forward=forward,
         backward=backward,

@@ -78,10 +78,11 @@ class World:
         name: For messages.
         build: Called on every rank, in the fork: makes the system, whose first steps then run
             unmeasured.
-        ranks: Processes, all along the pipeline.
+        ranks: Processes.
+        data_parallel: Of them at the same place of the pipeline.
         threads: Of each rank.
         cores: Where each rank may run; None leaves it to the system.
-        namespaces: The network namespace that each rank is in; empty: the parent's.
+        namespaces: Network namespaces, as many ranks in each; empty: the parent's.
         limit_s: A rank that says nothing for so long is ended, and the others with it.
 
     Raises:
@@ -94,6 +95,7 @@ class World:
         build: Build,
         *,
         ranks: int,
+        data_parallel: int = 1,
         threads: int = 1,
         cores: Sequence[Sequence[int]] | None = None,
         namespaces: Sequence[str] = (),
@@ -108,11 +110,15 @@ class World:
         def body(rank: int, pipe: Connection) -> None:
             if cores is not None:
                 os.sched_setaffinity(0, cores[rank])
-            link = hosts.enter(namespaces[rank]) if namespaces else None
+            each = ranks // (len(namespaces) or 1)
+            link = None
+            if namespaces:
+                link = Link(hosts.enter(namespaces[rank // each]), counts=rank % each == 0)
             torch.set_num_threads(threads)
             env, patience = RankEnv(rank, ranks, rank, ranks), limit_s / 2  # so that it says why
             join_file_world(env, folder / "store", timeout_s=patience)
-            _serve(pipe, Mesh(ranks, 1, _CPU, timeout_s=patience), build, link)
+            mesh = Mesh(ranks // data_parallel, data_parallel, _CPU, timeout_s=patience)
+            _serve(pipe, mesh, build, link)
 
         try:
             for rank in range(ranks):
@@ -302,8 +308,19 @@ def _answer(pipe: Connection, answer: Any) -> None:
     pipe.send((time.monotonic(), None, answer))
 
 
-def _serve(pipe: Connection, mesh: Mesh, build: Build, link: str | None) -> None:
-    """``link``: the interface whose bytes are counted; None: the system counts its own."""
+class Link(NamedTuple):
+    """The interface of a host."""
+
+    name: str
+    counts: bool
+    """This rank reports what the host has sent; another rank of the host does not."""
+
+    def bytes_sent(self) -> int:
+        return hosts.bytes_out(self.name) if self.counts else 0
+
+
+def _serve(pipe: Connection, mesh: Mesh, build: Build, link: Link | None) -> None:
+    """``link``: whose bytes are counted; None: the system counts its own."""
     _touch_libraries()
     watch = MemoryWatch(_CPU)
     watch.restart()
@@ -313,7 +330,7 @@ def _serve(pipe: Connection, mesh: Mesh, build: Build, link: str | None) -> None
     _answer(pipe, None)
 
     def bytes_sent() -> int | None:
-        return system.bytes_sent if link is None else hosts.bytes_out(link)
+        return system.bytes_sent if link is None else link.bytes_sent()
 
     for steps in _orders(pipe):
         cpu_s, sent = time.process_time(), bytes_sent()
@@ -324,6 +341,8 @@ def _serve(pipe: Connection, mesh: Mesh, build: Build, link: str | None) -> None
         system.run(steps)
         ended = time.monotonic()
         totals = {} if system.timeline is None else system.timeline.totals()
+        if link is not None:
+            barrier(mesh)  # the other ranks of the host have sent theirs, too
         now = bytes_sent()
         sent = None if now is None or sent is None else now - sent
         cpu_s = time.process_time() - cpu_s

@@ -40,7 +40,7 @@ _BATCHES = 8
 
 def cut(model_path: str, stages: int) -> Model:
     """The model that all systems train, cut as a user's recipe would."""
-    return cut_model(_recipe(model_path, stages, 1, 1, 1))
+    return cut_model(_recipe(model_path, stages, 1, 1, 1, sharding="none"))
 
 
 def _recipe(
@@ -49,7 +49,7 @@ def _recipe(
     return recipe_from_mapping(
         {
             "model": {"name_or_path": model_path, "num_labels": 2, "task": TASK},
-            "scpl": {"stages": stages, "sharding": "none", **scpl},
+            "scpl": {"stages": stages, **scpl},
             "deepspeed": {
                 "train_micro_batch_size_per_gpu": micro_batch,
                 "gradient_accumulation_steps": accumulate,
@@ -71,13 +71,20 @@ class Task:
     """
 
     model: Model
-    """Cut into a stage a rank. Emulated stages take its width and vocabulary only."""
-    ranks: int
+    """Cut into stages. Emulated stages take its width and vocabulary only."""
+    stages: int
     num_micro_batches: int
     micro_batch_size: int
     sequence_length: int
     lengths: Lengths | None = None
     """Given, every stage sleeps instead of computing."""
+    data_parallel: int = 1
+    """Ranks of a stage, which share the samples of a micro-batch."""
+
+    @property
+    def lane(self) -> int:
+        """Samples of a micro-batch that one rank takes."""
+        return self.micro_batch_size // self.data_parallel
 
     @property
     def rows(self) -> int:
@@ -92,11 +99,11 @@ class Task:
         """The recipe that a user would write for it."""
         return _recipe(
             self.model.path,
-            self.ranks,
-            self.micro_batch_size,
+            self.stages,
+            self.lane,
             self.num_micro_batches,
             self.sequence_length,
-            **scpl,
+            **{"sharding": "none" if self.data_parallel == 1 else "ddp", **scpl},
         )
 
     def in_one_batch(self) -> Task:
@@ -190,12 +197,12 @@ def _engine(task: Task, mesh: Mesh, device: torch.device, **scpl: Any) -> Engine
 
 
 def _stream(task: Task, mesh: Mesh, device: torch.device) -> System:
-    return ScplSystem(_engine(task, mesh, device), task.batches(task.micro_batch_size))
+    return ScplSystem(_engine(task, mesh, device), task.batches(task.lane))
 
 
 def _step(task: Task, mesh: Mesh, device: torch.device) -> System:
     engine = _engine(task, mesh, device, sync="step")
-    return ScplSystem(engine, task.batches(task.micro_batch_size))
+    return ScplSystem(engine, task.batches(task.lane))
 
 
 def _authors(task: Task, mesh: Mesh, device: torch.device) -> System:
@@ -203,8 +210,8 @@ def _authors(task: Task, mesh: Mesh, device: torch.device) -> System:
 
 
 def _alone(task: Task, mesh: Mesh, device: torch.device) -> System:
-    recipe, data = task.recipe(), task.batches(task.micro_batch_size)
-    shape = (task.micro_batch_size, task.sequence_length, task.hidden_size)
+    recipe, data = task.recipe(), task.batches(task.lane)
+    shape = (task.lane, task.sequence_length, task.hidden_size)
     channel = functools.partial(ReadyChannel, inputs=data, hidden=torch.randn(shape))
     if task.lengths is not None:
         engine = emulated_engine(
@@ -265,7 +272,7 @@ def _rival(name: str, task: Task, mesh: Mesh, device: torch.device) -> System:
     def body(start: int, end: int) -> StageModule:
         if lengths is not None:
             width = task.hidden_size
-            made = EmulatedBody(start, end, task.ranks, width, lengths, local_loss=False)
+            made = EmulatedBody(start, end, task.stages, width, lengths, local_loss=False)
             return cast(StageModule, made)
         return _load(task, start, end)
 
@@ -288,7 +295,7 @@ def _rival(name: str, task: Task, mesh: Mesh, device: torch.device) -> System:
     return RivalSystem(make_rival(name, job, mesh), task.batches(task.rows))
 
 
-_WHOLE = frozenset({"single", "ddp", "zero"})
+_WHOLE = frozenset({"single", "ddp", "zero", "zero3"})
 EMULATED_RIVALS = ("naive", "torch-gpipe", "torch-1f1b", "deepspeed-1f1b")
 
 

@@ -93,7 +93,7 @@ def test_a_system_that_fails_is_a_row_with_its_reason_and_the_others_are_measure
 
 
 ALL = {
-    "scpl-stream", "scpl-step", "authors", "stage-alone", "single", "naive", "ddp", "zero",
+    "scpl-stream", "scpl-step", "authors", "stage-alone", "single", "naive", "ddp", "zero", "zero3",
     "deepspeed-1f1b", "deepspeed-1f1b-zero1", "torch-gpipe", "torch-1f1b",
     "torch-interleaved-1f1b", "torch-looped-bfs", "torch-interleaved-zero-bubble", "torch-zbv",
     "torch-dualpipev",
@@ -109,7 +109,20 @@ def test_every_system_runs_beside_the_others(model: Path) -> None:
     assert [row.get("error") for row in rows.values()] == [None] * len(ALL)
     backprop = [name for name, row in rows.items() if row["kind"] == "pipeline"]
     assert all(rows[name]["bytes_sent"] > rows["scpl-stream"]["bytes_sent"] for name in backprop)
-    assert figures["summary"][0]["best_whole"] in ("single", "ddp", "zero")
+    assert figures["summary"][0]["best_whole"] in ("single", "ddp", "zero", "zero3")
+
+
+def test_two_ranks_of_a_stage_share_the_samples_of_a_micro_batch(model: Path) -> None:
+    options = Options(
+        ranks=4, data_parallel=2, model=str(model), seq=16, micro_batches=(2,), repeats=1,
+        steps=2, systems=("stage-alone", "scpl-stream", "deepspeed-1f1b", "ddp"),
+    )  # fmt: skip
+    rows = {row["system"]: row for row in pipeline.run(options)["rows"]}
+    assert [row.get("error") for row in rows.values()] == [None] * 4
+    assert len(rows["scpl-stream"]["shares_by_rank"]) == 4
+    # Of both copies: hidden states [2, 16, 16] in fp32, ids and mask [2, 16], labels [2].
+    message = 2 * 16 * 16 * 4 + 2 * 2 * 16 * 8 + 2 * 8
+    assert rows["scpl-stream"]["bytes_sent"] == 2 * 2 * message
 
 
 def test_the_file_is_written_anew_after_every_number_of_micro_batches(model: Path) -> None:
@@ -159,8 +172,9 @@ def test_torch_runs_emulated_stages(model: Path) -> None:
     ("options", "said"),
     [
         ({"systems": "scpl-strem"}, "unknown system 'scpl-strem'; did you mean 'scpl-stream'?"),
-        ({"ranks": 5, "systems": "scpl-stream"}, "--ranks 5: every rank needs a layer and --model"),
-        ({"ranks": 5, "systems": "scpl-stream"}, "has 4. Use at most 4 ranks"),
+        ({"ranks": 5, "systems": "scpl-stream"}, "--ranks 5: every stage needs a layer and"),
+        ({"ranks": 5, "systems": "scpl-stream"}, "has 4. Use at most 4 stages"),
+        ({"ranks": 3, "data-parallel": 2}, "--data-parallel 2: --ranks 3 is no multiple of it"),
         ({"seq": 64}, "--seq 64: --model"),
         ({"emulate": "1,2", "systems": "ddp"}, "--systems ddp: its stages cannot sleep"),
         ({"model": "/no/such/folder"}, "'/no/such/folder' gives no model config"),

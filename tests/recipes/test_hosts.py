@@ -15,6 +15,7 @@ import pytest
 
 from scpl_ds import cli
 from scpl_ds.bench import hosts
+from scpl_ds.bench.ranks import in_a_fork
 from scpl_ds.errors import RecipeError
 from tests.support import tiny
 from tests.support.tiny import put, tensors_of, write_recipe
@@ -23,32 +24,36 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "namespaces.sh"
 
 
+def script(prefix: str, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HOSTS": prefix}
+    command = ["bash", str(SCRIPT), *words]
+    return subprocess.run(command, env=environment, text=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def prefix() -> Iterator[str]:
     """Of the names of two hosts with links of 100 Mbit/s."""
     name = f"scpl-test-{os.getpid()}-"
-    environment = {**os.environ, "HOSTS": name}
-
-    def script(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(SCRIPT), *words]
-        return subprocess.run(command, env=environment, text=True, capture_output=True)
-
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("needs root and iproute2")
-    made = script("up", "2", "100mbit")
+    made = script(name, "up", "2", "100mbit")
     try:
         if made.returncode != 0:
             pytest.skip(f"no namespaces can be made here: {made.stderr.strip()[-200:]}")
         yield name
     finally:
-        script("down")
+        script(name, "down")
 
 
 def test_a_namespace_that_is_not_there_is_refused_by_name():
     with pytest.raises(RecipeError, match=r"--namespaces nowhere: there is no network namespace"):
         hosts.check(("nowhere",), 1)
-    with pytest.raises(RecipeError, match="1 namespaces for 2 ranks"):
-        hosts.check(("nowhere",), 2)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "a", "b")])
+def test_hosts_with_unequal_numbers_of_ranks_are_refused(names: tuple[str, ...]):
+    with pytest.raises(RecipeError, match="2 namespaces for 3 ranks"):
+        hosts.check(names, 3)
 
 
 def test_the_bytes_of_an_interface_are_those_it_has_sent():
@@ -59,6 +64,42 @@ def test_the_bytes_of_an_interface_are_those_it_has_sent():
         " scpl0: 333      4    0    0    0     0          0         0      444       5\n"
     )
     assert (hosts.bytes_out("lo", table), hosts.bytes_out("scpl0", table)) == (22, 444)
+
+
+@pytest.mark.forks
+def test_a_packet_takes_as_long_as_was_asked_and_without_a_delay_as_before(prefix: str):
+    def round_trip_ms() -> float:
+        return 1e3 * in_a_fork(lambda: hosts.round_trip_s(f"{prefix}0", f"{prefix}1"))
+
+    try:
+        for asked in (5, 20, 0):
+            said = script(prefix, "delay", "2", str(asked))
+            assert said.returncode == 0, said.stderr
+            # Twice through the switch; the rest is what other processes on the cores cost.
+            assert 2 * asked <= round_trip_ms() < 2 * asked + 5
+    finally:
+        script(prefix, "delay", "2", "0")
+
+
+@pytest.mark.forks
+def test_copies_of_a_stage_on_one_host_send_nothing_of_their_gradients_over_the_link(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    out = tmp_path / "rows.json"
+    config = tiny.bert_config(hidden_size=128, intermediate_size=512)
+    model = tiny.save_model(tmp_path / "model", config)
+    words = ["--ranks=4", "--data-parallel=2", "--micro-batches=1", "--seq=8", "--repeats=1"]
+    words += [f"--model={model}", "--steps=4", "--systems=scpl-stream,ddp", f"--json={out}"]
+    words += [f"--namespaces={prefix}0,{prefix}1"]
+    assert cli.main(["bench", "pipeline", *words]) == 0
+    figures = json.loads(out.read_text())
+    stages, whole = (row["bytes_sent"] for row in figures["rows"])
+    weights = (model / "model.safetensors").stat().st_size
+    # A ring over four ranks sends 6 times the gradients in all, half of it between the hosts.
+    assert whole > 2 * weights
+    assert 4 * 8 * 128 * 4 < stages < weights / 2
+    assert figures["machine"]["round_trip_ms"] < 5
 
 
 @pytest.mark.forks
