@@ -74,7 +74,7 @@ trainer = Trainer(
     compute_metrics=f1,
     callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
 )
-say(f"Training for {args.max_steps} steps, a line every {args.logging_steps:g}.")
+say(f"Training: a line every {args.logging_steps:g} steps.")
 trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 say("Evaluating and saving the model that was best.")
 metrics = trainer.evaluate()
