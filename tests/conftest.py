@@ -1,4 +1,6 @@
-"""Order of the suite: what forks comes first (tests/support/distributed.py says why)."""
+"""Order of the suite: what forks comes first (tests/support/distributed.py says why), also in each
+of several workers (``-n 2 --dist loadgroup --no-loadscope-reorder``), which get the tests of a file
+together."""
 
 from __future__ import annotations
 
@@ -6,4 +8,10 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("forks") is None)  # stable
+    items.sort(key=lambda item: not _forks(item))  # stable
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{_forks(item)}"))
+
+
+def _forks(item: pytest.Item) -> bool:
+    return item.get_closest_marker("forks") is not None

@@ -98,6 +98,28 @@ def test_the_command_of_the_wheel_runs_outside_the_repository(wheel: Path, tmp_p
     assert done.stdout == f"scpl-ds {scpl_ds.__version__}\n", done.stderr
 
 
+@pytest.mark.slow  # a minute: torch is copied
+@pytest.mark.timeout(1200)
+def test_the_wheel_installs_without_extras_and_its_commands_work(wheel: Path, tmp_path: Path):
+    """As a user does it: an environment with nothing in it, the index, no clone beside it."""
+    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+    def run(*command: str | Path) -> str:
+        return subprocess.run(
+            command, cwd=tmp_path, env=environ, text=True, check=True, stdout=subprocess.PIPE
+        ).stdout
+
+    run(sys.executable, "-m", "venv", "env")
+    python, command = tmp_path / "env/bin/python", tmp_path / "env/bin/scpl-ds"
+    run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", "torch", wheel)
+    run(python, "-m", "pip", "check")
+    assert run(python, "-m", "scpl_ds", "--version") == f"scpl-ds {scpl_ds.__version__}\n"
+    assert "train" in run(command, "--help")
+    assert '"scpl"' in run(command, "schema")
+    found = run(python, "-c", "import scpl_ds; print(scpl_ds.Trainer, scpl_ds.__file__)")
+    assert str(tmp_path) in found
+
+
 def test_the_source_distribution_has_what_the_pages_name(source_distribution: Path):
     with tarfile.open(source_distribution) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
