@@ -45,9 +45,7 @@ def _model_and_length(parser: argparse.ArgumentParser) -> None:
 
 
 def _pipeline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ranks", type=_count, default=2, help="processes; default: %(default)s"
-    )
+    parser.add_argument("--ranks", type=_count, default=2, help="processes; default: %(default)s")
     parser.add_argument(
         "--data-parallel", type=_count, default=1, metavar="D",
         help="of them with the same stage, which share the samples of a micro-batch: "
