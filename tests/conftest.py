@@ -1,6 +1,6 @@
 """Order of the suite: what forks comes first (tests/support/distributed.py says why), also in each
-of several workers (``-n 2 --dist loadgroup --no-loadscope-reorder``), which get the tests of a file
-together. pytest 9.2 does not let xdist see those groups (pytest-xdist issue 1386): it stays below."""
+of several workers (``-n 2 --dist loadgroup --no-loadscope-reorder``). They get the tests of a file
+together; with pytest 9.2 xdist does not see the groups (its issue 1386), so that is left out."""
 
 from __future__ import annotations
 
