@@ -75,9 +75,19 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             **(sampling or {"do_sample": False}),
         )
-    return tokenizer.batch_decode(
-        found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    start = inputs["input_ids"].shape[1]
+    return [continuation(tokenizer, row, start) for row in found.tolist()]
+
+
+def continuation(tokenizer: Any, ids: Sequence[int], start: int) -> str:
+    """The text of the tokens from ``start`` on, with the space before it: SentencePiece writes a
+    word's space into the word's token, and decoders leave it out at the start of a text."""
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids)
     )
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
 class Samples:
@@ -141,11 +151,9 @@ class Samples:
                 break
         if mesh.rank != 0:
             return []
-        new = [row[start:] for row, start in zip(rows, starts, strict=True)]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [
-            {"prompt": prompt, "text": text}
-            for prompt, text in zip(self.prompts, texts, strict=True)
+            {"prompt": prompt, "text": continuation(self.tokenizer, row, start)}
+            for prompt, row, start in zip(self.prompts, rows, starts, strict=True)
         ]
 
 
